@@ -1,0 +1,326 @@
+"""Stage 1: the frame collector, and ppo_collect.py as people run it (real processes, real rendering, real files)."""
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_env import CAMERA, ROOT, Pair, load_policy
+
+import ppo_collect
+from ppo_collect import Args, FrameCollector, StockEnvs, make_contract, make_stock
+
+SMALL = ["--num-eval-envs", "2", "--no-capture-video"]
+
+
+def start(cwd, *args, env=None):
+    return subprocess.Popen([sys.executable, str(ROOT / "ppo_collect.py"), *SMALL, *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, **(env or {})))
+
+
+def run(cwd, *args, code=0, env=None):
+    process = start(cwd, *args, env=env)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def install_policy(tmp_path):
+    """A run's folder with the trained policy as its checkpoint, to be resumed (as global step 1, so that runs are short)."""
+    checkpoint = torch.load(ROOT / "tests" / "policy.pt", weights_only=True)
+    fresh = torch.optim.Adam(load_policy().parameters())
+    folder = tmp_path / "logs" / "trained" / "checkpoints" / "global_step_1"
+    folder.mkdir(parents=True)
+    torch.save(dict(checkpoint, optimizer=fresh.state_dict(), global_step=1, env_steps=0), folder / "checkpoint.pt")
+    return folder.parents[1]
+
+
+def check_folder(data, success, failure):
+    """Dense numbering, whole 224x224 RGB frames, index.csv in agreement with the folder and with each PNG."""
+    with open(data / "index.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == success + failure
+    for label, count in (("success", success), ("failure", failure)):
+        files = sorted(p.name for p in (data / label).iterdir())
+        assert files == [f"{n:04d}.png" for n in range(1, count + 1)]
+        mine = [row for row in rows if row["label"] == label]
+        assert [row["file"] for row in mine] == [f"{label}/{name}" for name in files]
+        assert len({(row["episode"], row["step"]) for row in mine}) == count, "a frame was saved twice"
+        for row in mine:
+            with Image.open(data / row["file"]) as image:
+                image.load()
+                assert image.size == (224, 224) and image.mode == "RGB"
+                inside = json.loads(image.text["row"])
+            assert {k: str(v) for k, v in inside.items()} == {k: row[k] for k in inside}
+            placed, static = row["is_obj_placed"] == "1", row["is_robot_static"] == "1"
+            assert (label == "success") == (placed and static)
+            assert placed == (float(row["cube_to_goal"]) <= 0.025)
+            assert not (label == "failure" and placed), "an ambiguous frame was saved"
+            assert (row["is_final"] == "1") == (row["step"] == "50" or label == "success")
+    return rows
+
+
+def digest(data):
+    return {str(p.relative_to(data)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(data.rglob("*")) if p.is_file() and p.name != "preview.png"}
+
+
+def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
+    """Saved frames are rebuilt through index.csv: a second run with the same seed, on stock scenes with the stock camera."""
+    args = Args(save_dir=str(tmp_path / "data"), target_success=15, target_failure=25, sample_rate_fail=0.1, env_id="PickCube-v1")
+    policy, num_envs, steps = load_policy(), 3, 120
+
+    def drive(photograph):
+        """The same scenes, seeds and actions whoever is watching."""
+        torch.manual_seed(4)
+        pair = Pair(num_envs, 21, camera=CAMERA)
+        episode, episode_step = torch.arange(num_envs), torch.zeros(num_envs, dtype=torch.int64)
+        noise = torch.Generator().manual_seed(0)
+        for t in range(steps):
+            with torch.no_grad():
+                action = policy.actor_mean(pair.obs) + 0.2 * torch.randn(num_envs, 8, generator=noise)
+            done, info = pair.step(action)
+            episode_step += 1
+            photograph(pair, info, done, episode, episode_step)
+            torch.manual_seed(1000 + t)
+            if done.any():
+                idx = done.nonzero().squeeze(-1)
+                pair.reset(idx)
+                episode[idx] += num_envs
+                episode_step[idx] = 0
+
+    collector = FrameCollector(args, make_contract(args))
+    drive(lambda pair, info, done, episode, step: collector.photograph(
+        pair.envs, pair.obs, info, done, episode=episode, step=step, global_step=1, env_steps=0))
+    collector.file()
+    rows = check_folder(tmp_path / "data", **collector.counts)
+    assert collector.counts["success"] >= 3 and collector.counts["failure"] >= 10
+
+    wanted = {(int(row["episode"]), int(row["step"])): row for row in rows}
+    seen = []
+
+    studio = StockEnvs(make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", CAMERA), True)
+    studio.reset(seed=0)
+
+    def rebuild(pair, info, done, episode, step):
+        for i in range(num_envs):
+            row = wanted.get((int(episode[i]), int(step[i])))
+            if row is None:
+                continue
+            stock = pair.stock[i].unwrapped
+            studio.unwrapped.set_state_dict(stock.get_state_dict())
+            truth = stock.evaluate()
+            assert (row["label"] == "success") == bool(truth["success"])
+            assert float(row["cube_to_goal"]) == pytest.approx(
+                float((stock.goal_site.pose.p - stock.cube.pose.p).norm()), abs=2e-5)
+            for key in ("is_obj_placed", "is_robot_static", "is_grasped"):
+                assert row[key] == str(int(truth[key])), key
+            saved = np.asarray(Image.open(tmp_path / "data" / row["file"])).astype(int)
+            stock_picture = studio.render_frames(torch.tensor([0]))[0].numpy().astype(int)
+            assert np.abs(saved - stock_picture).mean() < 0.01
+            seen.append(row["file"])
+
+    drive(rebuild)
+    assert sorted(seen) == sorted(row["file"] for row in rows)
+
+
+def test_a_full_failure_class_takes_new_frames(tmp_path):
+    """Later failures replace random earlier ones; the numbering stays dense, successes stop at their target."""
+    args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=10, sample_rate_fail=0.5)
+    torch.manual_seed(0)
+    pair = Pair(2, 0, camera=CAMERA)
+    collector = FrameCollector(args, make_contract(args))
+    for t in range(1, 41):
+        done, info = pair.step(torch.rand(2, 8) * 2 - 1)
+        collector.photograph(pair.envs, pair.obs, info, done, episode=torch.tensor([0, 1]), step=torch.tensor([t, t]),
+                             global_step=(t - 1) // 10 + 1, env_steps=2 * t)
+        if t % 10 == 0:
+            collector.file()
+    assert collector.counts == dict(success=0, failure=10)
+    rows = check_folder(tmp_path / "data", 0, 10)
+    assert {row["global_step"] for row in rows} > {"4"}, "frames of the first and of the last iterations"
+
+
+def test_take_over_of_a_damaged_folder(tmp_path):
+    """After a crash: unfinished files go, gaps close, no frame changes its label, episodes keep their own numbers."""
+    args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=12, sample_rate_fail=1.0)
+    pair = Pair(2, 0, camera=CAMERA)
+    collector = FrameCollector(args, make_contract(args))
+    for t in range(1, 7):
+        done, info = pair.step(torch.zeros(2, 8))
+        collector.photograph(pair.envs, pair.obs, info, done, episode=torch.tensor([4, 5]), step=torch.tensor([t, t]),
+                             global_step=1, env_steps=2 * t)
+    collector.file()
+    data = tmp_path / "data"
+    before = {h for f, h in digest(data).items() if f.startswith("failure")}
+    lost = hashlib.sha256((data / "failure/0003.png").read_bytes()).hexdigest()
+    (data / "failure/0003.png").unlink()
+    (data / "failure/0013.png.tmp").write_bytes(b"half a frame")
+    (data / "index.csv").unlink()
+    again = FrameCollector(args, make_contract(args))
+    assert again.counts == dict(success=0, failure=11) and again.first_episode == 6
+    check_folder(data, 0, 11)
+    assert {h for f, h in digest(data).items() if f.startswith("failure")} == before - {lost}
+
+
+def test_two_ranks_and_the_same_seed(tmp_path):
+    """Two ranks write no duplicate and no gap; the same command gives the same frames byte for byte; so does torchrun."""
+    command = ["--num-envs", "16", "--num-steps", "25", "--num-iterations", "5", "--target-success", "12",
+               "--target-failure", "15", "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
+    digests = []
+    for name in ("a", "b", "torchrun"):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        run_dir = install_policy(cwd)
+        if name == "torchrun":
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                            str(ROOT / "ppo_collect.py"), *SMALL, *command, "--resume-dir", str(run_dir)], cwd=cwd, check=True,
+                           capture_output=True, timeout=300)
+        else:
+            out, _ = run(cwd, *command, "--num-procs", "2", "--resume-dir", run_dir)
+            assert "12 success and 15 failure frames" in out
+        check_folder(cwd / "data", 12, 15)
+        assert (cwd / "data" / "preview.png").stat().st_size > 10_000
+        digests.append(digest(cwd / "data"))
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_interrupted_and_resumed(tmp_path):
+    """SIGTERM ends the run with exit code 0 and a checkpoint; resuming keeps every success frame as it was."""
+    run_dir = install_policy(tmp_path)
+    command = ["--num-envs", "16", "--num-steps", "25", "--target-success", "14", "--target-failure", "500",
+               "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
+    process = start(tmp_path, *command, "--num-procs", "2", "--resume-dir", run_dir)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("data/success/*.png")) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "To go on: python ppo_collect.py --resume-dir" in out and "Traceback" not in err
+    first = digest(tmp_path / "data")
+    step = max(int(p.name.rpartition("_")[2]) for p in run_dir.glob("checkpoints/*"))
+    assert step > 1
+    run(tmp_path, *command, "--num-procs", "1", "--num-iterations", step + 3, "--resume-dir", run_dir)
+    second = digest(tmp_path / "data")
+    kept = {f: h for f, h in first.items() if f.endswith(".png")}
+    assert kept.items() <= second.items() and len(second) > len(first)
+    check_folder(tmp_path / "data", *(len(list((tmp_path / "data" / label).iterdir())) for label in ("success", "failure")))
+
+
+def test_stock_environment(tmp_path):
+    """The loop runs unchanged on a stock ManiSkill environment: the code path of a GPU run, and of another task."""
+    run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "1", "--num-eval-envs", "1", "--num-procs", "1", "--num-iterations",
+        "2", "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.2", "--capture-video")
+    assert sorted(p.name for p in (tmp_path / "data/failure").iterdir()) == [f"000{n}.png" for n in range(1, 6)]
+    assert json.loads((tmp_path / "data/metadata.json").read_text())["env_id"] == "PushCube-v1"
+    assert next(tmp_path.glob("logs/*/videos/global_step_2.mp4")).stat().st_size > 1000
+    assert json.loads(next(tmp_path.glob("logs/*/args.json")).read_text())["command"].startswith("-") is False
+
+
+def test_evaluate(tmp_path):
+    out, err = run(tmp_path, "--evaluate", "--resume-dir", install_policy(tmp_path), "--num-eval-envs", "32")
+    assert float(re.search(r"eval/success_once ([\d.]+)", out + err)[1]) >= 0.8
+    assert not (tmp_path / "data").exists()
+
+
+def broken_metadata(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.json").write_text("{")
+
+
+def other_metadata(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.json").write_text(json.dumps(dict(make_contract(Args()), image_size=[3, 64, 64])))
+
+
+def frames_without_metadata(tmp_path):
+    (tmp_path / "data/success").mkdir(parents=True)
+    Image.new("RGB", (224, 224)).save(tmp_path / "data/success/0001.png")
+
+
+def foreign_frame(tmp_path):
+    other_metadata(tmp_path)
+    (tmp_path / "data/metadata.json").write_text(json.dumps(make_contract(Args())))
+    frames = tmp_path / "data/failure"
+    frames.mkdir()
+    (frames / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+
+
+def pickled_checkpoint(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    torch.save(dict(script=Path("x")), tmp_path / "ckpt/checkpoint.pt")
+
+
+def truncated_checkpoint(tmp_path):
+    folder = install_policy(tmp_path) / "checkpoints/global_step_1"
+    data = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(data[:len(data) // 2])
+    shutil.copytree(folder, tmp_path / "ckpt")
+
+
+def file_for_folder(tmp_path):
+    (tmp_path / "data").write_text("a file")
+
+
+@pytest.mark.parametrize("prepare, args, says", [
+    (None, ["--num-envs", "7", "--num-procs", "2"], "--num-envs 7 cannot be shared by 2 ranks"),
+    (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
+    (None, ["--num-steps", "0"], "--num-steps must be at least 1"),
+    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "2"], "--num-minibatches 32 is more than the 4 steps"),
+    (None, ["--sim-backend", "physx_cuda"], "needs an NVIDIA GPU"),
+    (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),
+    (None, ["--env-id", "PushCube-v1", "--num-envs", "4"], "one scene a rank"),
+    (None, ["--control-mode", "by_hand", "--num-envs", "1", "--num-eval-envs", "1", "--num-procs", "1"], "by_hand"),
+    (None, ["--evaluate"], "--evaluate needs a checkpoint"),
+    (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint could be read"),
+    (pickled_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),
+    (truncated_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),
+    (broken_metadata, [], "metadata.json is not a JSON object"),
+    (other_metadata, [], "image_size is [3, 64, 64] there and [3, 224, 224] here"),
+    (frames_without_metadata, [], "no metadata.json"),
+    (foreign_frame, [], "failure/0001.png is not a frame"),
+    (file_for_folder, [], "data"),
+])
+def test_bad_input(tmp_path, prepare, args, says):
+    """One line that says what is wrong, exit code 2, no traceback."""
+    if prepare:
+        prepare(tmp_path)
+    out, err = run(tmp_path, *args, code=2)
+    lines = [line for line in err.splitlines() if "Warning" not in line and "warn(" not in line]
+    assert says in lines[-1] and lines[-1].startswith("ppo_collect: error: "), err
+    assert "Traceback" not in err and sum("error:" in line for line in lines) == 1
+
+
+def test_no_vulkan_device(tmp_path):
+    nowhere = dict(VK_DRIVER_FILES="/nonexistent.json", VK_ICD_FILENAMES="/nonexistent.json")
+    out, err = run(tmp_path, "--num-envs", "2", code=2, env=nowhere)
+    assert "bash tests/install_cpu_renderer.sh" in err and "Traceback" not in err
+
+
+def test_full_disk(tmp_path):
+    """What was written before stays whole. A limit on the size of files stands in for the disk: both are an OSError."""
+    limit = "import resource, signal, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); " \
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", limit, str(ROOT / "ppo_collect.py"), *SMALL, "--num-procs", "1", "--num-envs",
+                             "2", "--num-minibatches", "2", "--sample-rate-fail", "1", "--log-dir", str(tmp_path / "logs")],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    assert "File too large" in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path / "data/metadata.json").exists() and not list(tmp_path.glob("data/*/*.png"))
+
+
+def test_help_names_every_flag():
+    help_text = subprocess.run([sys.executable, str(ROOT / "ppo_collect.py"), "--help"], capture_output=True, text=True).stdout
+    for name in ppo_collect.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in help_text
