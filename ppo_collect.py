@@ -74,8 +74,11 @@ class Args:
     """minibatches in an update epoch; default: 32 on a GPU, 8 on a CPU"""
     update_epochs: int = 8
     """passes over a rollout's data"""
-    learning_rate: float = 3e-4
-    """Adam's step size"""
+    learning_rate: Optional[float] = None
+    """Adam's step size, the largest one with --adaptive-lr; default: 3e-4 on a GPU, 1e-3 on a CPU"""
+    adaptive_lr: Optional[bool] = None
+    """divide the step size by 1.5 after an update that exceeded --target-kl, and multiply it by 1.5 after one that stayed
+    below a quarter of that; default: off on a GPU, on on a CPU"""
     gamma: float = 0.8
     """discount factor per step"""
     gae_lambda: float = 0.9
@@ -126,7 +129,8 @@ def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, 
     import mani_skill.envs  # noqa: F401  (registers the tasks)
     import sapien
 
-    render_backend, material = "gpu" if sim_backend == "physx_cuda" else "cpu", sapien.render.RenderMaterial
+    render_backend = sim_backend.replace("physx_cuda", "sapien_cuda") if "cuda" in sim_backend else "cpu"
+    material = sapien.render.RenderMaterial
     if camera is None:  # ManiSkill asks Vulkan for the colour of the cube even when nothing is ever drawn
         render_backend, sapien.render.RenderMaterial = "none", type("NoMaterial", (), dict(__init__=lambda *_, **__: None))
         sapien.pysapien.render.RenderMaterial = sapien.render.RenderMaterial
@@ -140,7 +144,7 @@ def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, 
         if camera is None:
             raise
         fail(f"no Vulkan device to render with ({error}); on a CPU install Mesa's lavapipe >= 24.3: "
-             "bash tests/install_cpu_renderer.sh")
+             "bash tests/install_cpu_renderer.sh (on a GPU: the driver's own Vulkan)")
     finally:
         sapien.render.RenderMaterial = sapien.pysapien.render.RenderMaterial = material
 
@@ -362,7 +366,9 @@ def make_envs(args, num_envs: int, camera: Optional[dict] = None):
     """This rank's scenes of `args.env_id`, on the chosen backend; the training loop cannot tell one backend from another."""
     if args.sim_backend == "physx_cpu" and args.env_id == "PickCube-v1" and args.control_mode == "pd_joint_delta_pos":
         return PickCubeCPU(num_envs, camera=camera, show_goal_site=args.show_goal_site)
-    return StockEnvs(make_stock(args.env_id, num_envs, args.control_mode, args.sim_backend, camera), args.show_goal_site)
+    device = f":{os.environ.get('LOCAL_RANK', 0)}" if args.sim_backend == "physx_cuda" else ""
+    env = make_stock(args.env_id, num_envs, args.control_mode, args.sim_backend + device, camera)
+    return StockEnvs(env, args.show_goal_site)
 
 
 # ---------------------------------------------------------------------------------------------- agent
@@ -580,8 +586,10 @@ def check_args(args) -> int:
     gpu = args.sim_backend == "physx_cuda"
     if gpu and not torch.cuda.is_available():
         fail("--sim-backend physx_cuda needs an NVIDIA GPU and none was found; leave it out to simulate on the CPU")
-    args.num_envs = args.num_envs if args.num_envs is not None else 256 if gpu else 64
-    args.num_minibatches = args.num_minibatches if args.num_minibatches is not None else 32 if gpu else 8
+    defaults = dict(num_envs=(256, 64), num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3), adaptive_lr=(False, True))
+    for name, (gpu_default, cpu_default) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, gpu_default if gpu else cpu_default)
     for name, value in vars(args).items():
         if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
@@ -901,8 +909,15 @@ if __name__ == "__main__":
                     losses += torch.stack([value_loss, policy_loss, entropy.mean(), approx_kl, clipfrac])
                     epoch_kl += approx_kl
                 num_updates += 1
-            if all_reduce_sum(epoch_kl) > args.target_kl * args.num_minibatches * WORLD_SIZE:
+            mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
+            if mean_kl > args.target_kl:
                 break
+        if args.adaptive_lr:
+            for group in optimizer.param_groups:
+                if mean_kl > args.target_kl:
+                    group["lr"] = max(group["lr"] / 1.5, 3e-5)
+                elif mean_kl < args.target_kl / 4:
+                    group["lr"] = min(group["lr"] * 1.5, args.learning_rate)
 
         # Log
         stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)
@@ -922,7 +937,7 @@ if __name__ == "__main__":
             scalars |= {f"losses/{name}": loss for name, loss in zip(names, losses)}
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
-            scalars["charts/learning_rate"] = args.learning_rate
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/env_steps"] = env_steps
             scalars["charts/rollout_share"] = rollout_time / (time.time() - iteration_time)
             for name, value in scalars.items():
