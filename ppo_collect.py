@@ -52,6 +52,8 @@ class Args:
     """simulate and train on the GPU when there is one"""
     env_id: str = "PickCube-v1"
     """any ManiSkill task that reports `success`; on a CPU, tasks other than PickCube-v1 run one scene a rank, slowly"""
+    control_mode: str = "pd_joint_delta_pos"
+    """ManiSkill controller of the arm, the same in all stages"""
     sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
     """where the physics runs; auto: physx_cuda with a GPU, else physx_cpu"""
     num_procs: Optional[int] = None
@@ -75,10 +77,10 @@ class Args:
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
-    """Adam's step size, the largest one with --adaptive-lr; default: 3e-4 on a GPU, 1e-3 on a CPU"""
-    adaptive_lr: Optional[bool] = None
-    """divide the step size by 1.5 after an update that exceeded --target-kl, and multiply it by 1.5 after one that stayed
-    below a quarter of that; default: off on a GPU, on on a CPU"""
+    """Adam's step size, at first; default: 3e-4 on a GPU, 1e-3 on a CPU"""
+    anneal_lr: Optional[bool] = None
+    """lower the step size in proportion to what is left of the run, and by a third more whenever an update has exceeded
+    --target-kl; default: off on a GPU, on on a CPU"""
     gamma: float = 0.8
     """discount factor per step"""
     gae_lambda: float = 0.9
@@ -115,20 +117,36 @@ class Args:
     """side of the square frames in pixels (stages 2 and 4 must match)"""
     show_goal_site: bool = True
     """show the green goal sphere in the frames (stage 4 must match)"""
-    control_mode: str = "pd_joint_delta_pos"
-    """ManiSkill controller of the arm (stage 4 must match)"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
     """what stage 4 may score with this data: frames that end an episode, or every frame (stage 4 must match)"""
 
 
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
+RATES = ("gamma", "gae_lambda", "sample_rate_success", "sample_rate_fail", "sample_rate_fail_final")
+MAY_BE_ZERO = ("seed",)
+
+
 # ---------------------------------------------------------------------------------------------- environment
+
+CAMERA = dict(pose=[0.6, 0.1, 0.9, 0.07481, 0.41966, 0.03473, -0.90392], fov=0.49)  # position, quaternion wxyz; radians
+
+
+def find_task(env_id: str):
+    """The class of a ManiSkill task."""
+    import mani_skill.envs  # noqa: F401  (registers the tasks)
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if env_id not in REGISTERED_ENVS:
+        fail(f"--env-id {env_id}: ManiSkill has no such task")
+    return REGISTERED_ENVS[env_id].cls
+
 
 def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's own environment. `camera`: settings of its render camera, or None for a state-only environment, which
     also works where there is no Vulkan driver at all."""
-    import mani_skill.envs  # noqa: F401  (registers the tasks)
     import sapien
 
+    find_task(env_id)
     render_backend = sim_backend.replace("physx_cuda", "sapien_cuda") if "cuda" in sim_backend else "cpu"
     material = sapien.render.RenderMaterial
     if camera is None:  # ManiSkill asks Vulkan for the colour of the cube even when nothing is ever drawn
@@ -362,13 +380,13 @@ class StockEnvs(gym.Wrapper):
         return take_pictures(self.env.unwrapped, self._show_goal_site)[env_idx]
 
 
-def make_envs(args, num_envs: int, camera: Optional[dict] = None):
+def make_envs(args, num_envs: int, camera: Optional[dict] = None, show_goal_site: bool = True):
     """This rank's scenes of `args.env_id`, on the chosen backend; the training loop cannot tell one backend from another."""
     if args.sim_backend == "physx_cpu" and args.env_id == "PickCube-v1" and args.control_mode == "pd_joint_delta_pos":
-        return PickCubeCPU(num_envs, camera=camera, show_goal_site=args.show_goal_site)
+        return PickCubeCPU(num_envs, camera=camera, show_goal_site=show_goal_site)
     device = f":{os.environ.get('LOCAL_RANK', 0)}" if args.sim_backend == "physx_cuda" else ""
     env = make_stock(args.env_id, num_envs, args.control_mode, args.sim_backend + device, camera)
-    return StockEnvs(env, args.show_goal_site)
+    return StockEnvs(env, show_goal_site)
 
 
 # ---------------------------------------------------------------------------------------------- agent
@@ -496,7 +514,7 @@ def on_rank0(function, *arguments):
             result = [function(*arguments), True]
         except OSError as error:
             print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
-                  "mend that, then go on with --resume-dir", file=sys.stderr)
+                  "mend that, then resume", file=sys.stderr)
         except SystemExit:  # fail() has spoken
             pass
     if WORLD_SIZE > 1:
@@ -570,6 +588,8 @@ def load_weights(agent, optimizer, checkpoint):
         agent.load_state_dict(checkpoint["agent"])
         if optimizer:
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if "initial_lr" not in optimizer.param_groups[0]:
+                raise KeyError("the optimizer has no initial_lr")
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
              "another --env-id or --control-mode?")
@@ -586,14 +606,13 @@ def check_args(args) -> int:
     gpu = args.sim_backend == "physx_cuda"
     if gpu and not torch.cuda.is_available():
         fail("--sim-backend physx_cuda needs an NVIDIA GPU and none was found; leave it out to simulate on the CPU")
-    defaults = dict(num_envs=(256, 64), num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3), adaptive_lr=(False, True))
-    for name, (gpu_default, cpu_default) in defaults.items():
+    for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu_default if gpu else cpu_default)
     for name, value in vars(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_ZERO and value < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
-        if name.startswith("sample_rate") and not 0 <= value <= 1:
+        if name in RATES and not 0 <= value <= 1:
             fail(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
     if "WORLD_SIZE" in os.environ:
         num_ranks = WORLD_SIZE
@@ -620,7 +639,6 @@ def check_args(args) -> int:
 
 # ---------------------------------------------------------------------------------------------- frames
 
-CAMERA = dict(pose=[0.6, 0.1, 0.9, 0.07481, 0.41966, 0.03473, -0.90392], fov=0.49)  # position, quaternion wxyz; radians
 LABELS = ("success", "failure")
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", "is_obj_placed",
            "is_robot_static", "is_grasped")
@@ -631,12 +649,9 @@ def make_contract(args) -> dict:
     """What stages 2 and 4 must agree on: a reward model only knows pictures that were made exactly like this."""
     import inspect
 
-    import mani_skill.envs
-    from mani_skill.utils.registration import REGISTERED_ENVS
+    import mani_skill
 
-    if args.env_id not in REGISTERED_ENVS:
-        fail(f"--env-id {args.env_id}: ManiSkill has no such task")
-    robot = inspect.signature(REGISTERED_ENVS[args.env_id].cls).parameters["robot_uids"].default
+    robot = inspect.signature(find_task(args.env_id)).parameters["robot_uids"].default
     return dict(format_version=1, env_id=args.env_id, robot=robot, control_mode=args.control_mode,
                 reward_render_mode=args.reward_render_mode, show_goal_site=args.show_goal_site,
                 image_size=[3, args.image_size, args.image_size], camera=CAMERA, shader="minimal",
@@ -657,8 +672,9 @@ class FrameCollector:
         self.counts, self.first_episode = on_rank0(self._open, contract)
         self.rng = np.random.default_rng([args.seed, *self.counts.values()])  # chooses the old frame that a new one replaces
 
-    def full(self) -> bool:
-        return all(self.counts[label] >= self.targets[label] for label in LABELS)
+    def share(self) -> float:
+        """Of the targets, in [0, 1]: the run is over at 1."""
+        return min(min(self.counts[label] / self.targets[label], 1.0) for label in LABELS)
 
     def _open(self, contract):
         """Create the folder, or take over the frames in it: drop unfinished files, close gaps in the numbering."""
@@ -793,15 +809,16 @@ if __name__ == "__main__":
     contract = make_contract(args)
     camera = dict(contract["camera"], width=args.image_size, height=args.image_size, shader_pack=contract["shader"])
     collector = None if args.evaluate else FrameCollector(args, contract)
-    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, camera if args.capture_video else None)
-    envs = eval_envs if args.evaluate else make_envs(args, args.num_envs // WORLD_SIZE, camera)
+    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, camera if args.capture_video else None, args.show_goal_site)
+    envs = eval_envs if args.evaluate else make_envs(args, args.num_envs // WORLD_SIZE, camera, args.show_goal_site)
     device, num_envs = envs.device, envs.num_envs
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
     parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
+                                 fused=True)
     if checkpoint:
         load_weights(agent, optimizer if continued else None, checkpoint)
     if WORLD_SIZE > 1:
@@ -841,10 +858,9 @@ if __name__ == "__main__":
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
 
-
     progress = tqdm(total=args.target_success + args.target_failure, initial=sum(collector.counts.values()), unit="frame",
                     disable=RANK > 0)
-    first_env_steps, start_time, stopping = env_steps, time.time(), collector.full()
+    first_env_steps, start_time, stopping = env_steps, time.time(), collector.share() == 1
     while global_step < args.num_iterations and not stopping:
         global_step += 1
         iteration_time = time.time()
@@ -912,12 +928,11 @@ if __name__ == "__main__":
             mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
             if mean_kl > args.target_kl:
                 break
-        if args.adaptive_lr:
-            for group in optimizer.param_groups:
-                if mean_kl > args.target_kl:
-                    group["lr"] = max(group["lr"] / 1.5, 3e-5)
-                elif mean_kl < args.target_kl / 4:
-                    group["lr"] = min(group["lr"] * 1.5, args.learning_rate)
+        if args.anneal_lr:
+            schedule = optimizer.param_groups[0]
+            if mean_kl > args.target_kl:
+                schedule["initial_lr"] /= 1.5
+            schedule["lr"] = schedule["initial_lr"] * (1 - collector.share())
 
         # Log
         stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)
@@ -927,7 +942,7 @@ if __name__ == "__main__":
         if not np.isfinite(losses).all():
             fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "
                  f"smaller --learning-rate: --resume-dir {run_dir}")
-        stopping = stop > 0 or collector.full()
+        stopping = stop > 0 or collector.share() == 1
         if RANK == 0:
             scalars = {f"data/{label}": count for label, count in collector.counts.items()}
             if episodes:
@@ -960,5 +975,5 @@ if __name__ == "__main__":
         writer.close()
         print(f"{args.save_dir}: {collector.counts['success']} success and {collector.counts['failure']} failure frames after "
               f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process")
-        if not collector.full():
+        if collector.share() < 1:
             print(f"To go on: python {SCRIPT}.py --resume-dir {shlex.quote(str(run_dir))}")

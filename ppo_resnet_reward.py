@@ -1,0 +1,1012 @@
+"""Stage 4: go on training the policy of stage 3 with the ResNet of stage 2 as its only reward.
+
+Reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py (only its weights) or of its own (all of it)
+Writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+
+    python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_100
+    torchrun --nproc-per-node=8 ppo_resnet_reward.py --resume-dir ...
+    python ppo_resnet_reward.py --resume-dir ... --ignore-terminations    # not even the ends of episodes are privileged
+    python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes # frames to train the ResNet on again
+
+The reward is the function `resnet_reward`. The simulator's own verdict is used to end episodes and to audit the ResNet.
+"""
+import csv
+import gc
+import io
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torchvision
+import tyro
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch.distributions.normal import Normal
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun or start_ranks
+
+
+@dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
+    seed: int = 1
+    """seed of the scenes and the policy; evaluation has its own, fixed seeds"""
+    cuda: bool = True
+    """simulate and train on the GPU when there is one"""
+    env_id: str = "PickCube-v1"
+    """any ManiSkill task that reports `success`; on a CPU, tasks other than PickCube-v1 run one scene a rank, slowly"""
+    control_mode: str = "pd_joint_delta_pos"
+    """ManiSkill controller of the arm, the same in all stages"""
+    sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
+    """where the physics runs; auto: physx_cuda with a GPU, else physx_cpu"""
+    num_procs: Optional[int] = None
+    """ranks to start on a CPU; default: one a core (a GPU run is one process; for more use torchrun)"""
+    log_dir: str = "logs"
+    """parent of the runs' folders"""
+    resume_dir: Optional[str] = None
+    """checkpoint folder or run folder (its newest checkpoint); one of this script is continued, another lends its weights"""
+    evaluate: bool = False
+    """only evaluate the checkpoint in --resume-dir"""
+
+    # PPO
+    num_envs: Optional[int] = None
+    """parallel scenes of all ranks together; default: 1024 on a GPU, 256 on a CPU"""
+    num_steps: int = 50
+    """steps of every scene in one rollout"""
+    num_iterations: int = 1000
+    """global steps at most; one is a rollout and its update"""
+    num_minibatches: int = 32
+    """minibatches in an update epoch; default: 32"""
+    update_epochs: int = 8
+    """passes over a rollout's data"""
+    learning_rate: Optional[float] = None
+    """Adam's step size, at first; default: 3e-4 on a GPU, 1e-3 on a CPU"""
+    anneal_lr: Optional[bool] = None
+    """lower the step size in proportion to what is left of the run, and by a third more whenever an update has exceeded
+    --target-kl; default: off on a GPU, on on a CPU"""
+    gamma: float = 0.8
+    """discount factor per step"""
+    gae_lambda: float = 0.9
+    """lambda of generalised advantage estimation (arXiv:1506.02438)"""
+    clip_coef: float = 0.2
+    """PPO's clipping range (arXiv:1707.06347)"""
+    target_kl: float = 0.1
+    """an update ends after the epoch whose mean KL divergence (nats) exceeds this"""
+    eval_freq: int = 40
+    """global steps between evaluations"""
+    num_eval_envs: int = 128
+    """evaluation episodes of all ranks together"""
+    save_interval: int = 20
+    """global steps between checkpoints"""
+    capture_video: bool = True
+    """film the first evaluation scenes, into videos/ and TensorBoard"""
+
+    # Reward
+    reward_checkpoint: str = "reward_checkpoints/best_model.pt"
+    """the reward model of stage 2"""
+    reward_mode: Literal["replace", "add"] = "replace"
+    """the ResNet's reward instead of the environment's dense one, or added to it"""
+    alpha: float = 1.0
+    """factor of the ResNet's reward"""
+    threshold: float = 0.5
+    """probability above which a frame counts as done and earns the reward"""
+    use_soft_reward: bool = False
+    """the reward is the probability itself"""
+    reward_render_mode: Literal["episode_end", "always"] = "episode_end"
+    """score only frames that end an episode (others earn 0), or every frame (must match the data)"""
+    show_goal_site: bool = True
+    """show the green goal sphere in the frames (must match the data)"""
+    image_size: int = 224
+    """side of the square frames in pixels (must match the data)"""
+    critic_warmup: int = 10
+    """global steps at first that train the critic alone: that of stage 3 expects another reward"""
+    ignore_terminations: bool = False
+    """episodes last until their time is up, whether the simulator sees success or not"""
+    oracle: bool = False
+    """control experiment: the simulator's own success takes the place of the ResNet's verdict"""
+    save_mistakes: Optional[str] = None
+    """folder for the frames that the ResNet got wrong, laid out as stage 1's: train on both with --data-path data <folder>"""
+
+
+GPU_CPU_DEFAULTS = dict(num_envs=(1024, 256), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
+RATES = ("gamma", "gae_lambda", "threshold")
+MAY_BE_ZERO = ("seed", "critic_warmup")
+
+
+# ---------------------------------------------------------------------------------------------- environment
+
+CAMERA = dict(pose=[0.6, 0.1, 0.9, 0.07481, 0.41966, 0.03473, -0.90392], fov=0.49)  # position, quaternion wxyz; radians
+
+
+def find_task(env_id: str):
+    """The class of a ManiSkill task."""
+    import mani_skill.envs  # noqa: F401  (registers the tasks)
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if env_id not in REGISTERED_ENVS:
+        fail(f"--env-id {env_id}: ManiSkill has no such task")
+    return REGISTERED_ENVS[env_id].cls
+
+
+def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None):
+    """ManiSkill's own environment. `camera`: settings of its render camera, or None for a state-only environment, which
+    also works where there is no Vulkan driver at all."""
+    import sapien
+
+    find_task(env_id)
+    render_backend = sim_backend.replace("physx_cuda", "sapien_cuda") if "cuda" in sim_backend else "cpu"
+    material = sapien.render.RenderMaterial
+    if camera is None:  # ManiSkill asks Vulkan for the colour of the cube even when nothing is ever drawn
+        render_backend, sapien.render.RenderMaterial = "none", type("NoMaterial", (), dict(__init__=lambda *_, **__: None))
+        sapien.pysapien.render.RenderMaterial = sapien.render.RenderMaterial
+    try:
+        return gym.make(env_id, num_envs=num_envs, obs_mode="state", control_mode=control_mode, sim_backend=sim_backend,
+                        render_backend=render_backend,
+                        human_render_camera_configs=dict(render_camera=camera) if camera else {})
+    except AssertionError as error:
+        fail(f"--control-mode: {error}")
+    except RuntimeError as error:
+        if camera is None:
+            raise
+        fail(f"no Vulkan device to render with ({error}); on a CPU install Mesa's lavapipe >= 24.3: "
+             "bash tests/install_cpu_renderer.sh (on a GPU: the driver's own Vulkan)")
+    finally:
+        sapien.render.RenderMaterial = sapien.pysapien.render.RenderMaterial = material
+
+
+def take_pictures(env, show_goal_site: bool):
+    """(num_envs, H, W, 3) uint8 from the render camera of a ManiSkill environment."""
+    if show_goal_site:
+        return env.render_rgb_array("render_camera")
+    for hidden in env._hidden_objects:
+        hidden.hide_visual()
+    env.scene.update_render(update_sensors=False, update_human_render_cameras=True)
+    frames = env.scene.get_human_render_camera_images("render_camera")["render_camera"]
+    for hidden in env._hidden_objects:
+        hidden.show_visual()
+    return frames
+
+
+def has_renderer(sim_backend: str) -> bool:
+    """Whether SAPIEN can draw here; if not, says so and what it needs."""
+    import sapien
+
+    try:
+        sapien.render.RenderSystem(sapien.Device("cuda" if sim_backend == "physx_cuda" else "cpu"))
+        return True
+    except RuntimeError as error:
+        if RANK == 0:
+            print(f"{SCRIPT}: warning: no videos, for want of a Vulkan device ({error}); on a CPU install Mesa's lavapipe >= "
+                  "24.3: bash tests/install_cpu_renderer.sh", file=sys.stderr)
+        return False
+
+
+class PickCubeCPU:
+    """`num_envs` PickCube-v1 scenes (Panda, pd_joint_delta_pos) in one process, on PhysX's CPU backend.
+
+    ManiSkill runs one scene a process on a CPU and spends most of a step on per-scene torch bookkeeping. These are stock
+    scenes too, but `step` and partial resets talk to SAPIEN directly, and observation, reward and success are computed once,
+    vectorised over all scenes. tests/test_env.py compares every number with the stock environment.
+
+    Args:
+        num_envs: number of scenes N.
+        max_episode_steps: `truncated` is set from this step of an episode on.
+        camera: None (nothing of Vulkan is touched), or for `render_frames` the settings of ManiSkill's render camera:
+            pose (7 numbers), fov (radians), width, height (pixels), shader_pack.
+        show_goal_site: draw the green goal sphere.
+    """
+
+    def __init__(self, num_envs: int, *, max_episode_steps: int = 50, camera: Optional[dict] = None,
+                 show_goal_site: bool = True):
+        gc.freeze()  # ManiSkill collects garbage in every scene it builds: 0.3 s each with torch imported
+        self._envs = [make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu").unwrapped for _ in range(num_envs)]
+        # One more scene is the photo studio: render_frames poses it like the scene to be photographed.
+        self._studio = camera and make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", camera).unwrapped
+        gc.unfreeze()
+        self._show_goal_site = show_goal_site
+        self._scenes = [self._handles(env) for env in self._envs]
+        self.num_envs, self.device, self.max_episode_steps = num_envs, torch.device("cpu"), max_episode_steps
+        self.single_observation_space = self._envs[0].single_observation_space
+        self.single_action_space = self._envs[0].single_action_space
+        self._qpos = np.zeros((num_envs, 9), np.float32)
+        self._qvel = np.zeros((num_envs, 9), np.float32)
+        self._tcp_pose = np.zeros((num_envs, 7), np.float32)  # position, quaternion wxyz
+        self._cube_pose = np.zeros((num_envs, 7), np.float32)
+        self._goal_pos = np.zeros((num_envs, 3), np.float32)
+        self._finger_quat = np.zeros((num_envs, 2, 4), np.float32)
+        self._finger_impulse = np.zeros((num_envs, 2, 3), np.float32)  # of the cube on each finger in the last physics step
+        self._elapsed_steps = np.zeros(num_envs, np.int64)
+
+    @staticmethod
+    def _handles(env):
+        """The SAPIEN objects behind one ManiSkill scene."""
+        agent, robot = env.agent, env.agent.robot._objs[0]
+        return dict(px=env.scene.px, robot=robot, drives=[joint.set_drive_target for joint in robot.active_joints],
+                    tcp=agent.tcp._objs[0], fingers=[agent.finger1_link._objs[0], agent.finger2_link._objs[0]],
+                    cube=env.cube._objs[0], cube_body=env.cube._bodies[0], goal=env.goal_site._objs[0],
+                    table=env.table_scene.table._objs[0])
+
+    def reset(self, seed=None, options: Optional[dict] = None):
+        """Start new episodes in the scenes `options["env_idx"]` (default: all).
+
+        `seed` is a list with one seed a scene, or an int that stands for the same list as in ManiSkill: itself, then draws of
+        `np.random.RandomState(seed)`. Scene i then starts as `gym.make("PickCube-v1", num_envs=1).reset(seed=seeds[i])`.
+
+        Returns:
+            obs: (N, 42) float32, all scenes.
+            info: success, is_obj_placed, is_robot_static, is_grasped: (N,) bool each.
+        """
+        idx = np.arange(self.num_envs) if options is None else np.asarray(options["env_idx"])
+        if seed is None:
+            self._new_episodes(idx)
+        else:
+            seeds = [seed, *np.random.RandomState(seed).randint(2**31, size=len(idx) - 1)] if np.isscalar(seed) else seed
+            for i, scene_seed in zip(idx, seeds):
+                self._envs[i].reset(seed=int(scene_seed))
+                self._goal_pos[i] = self._scenes[i]["goal"].pose.p
+        for i in idx:
+            self._read_state(i)
+        self._elapsed_steps[idx] = 0
+        info = self._evaluate()
+        return self._observation(info), {key: torch.from_numpy(value) for key, value in info.items()}
+
+    def _new_episodes(self, idx):
+        """PickCube's `_initialize_episode` for many scenes: the same draws from the same generators, in the same order."""
+        import sapien
+        from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_quaternion
+
+        env = self._envs[0]
+        u = torch.rand(len(idx), 8)  # cube x, y; three angles, of which PickCube keeps the last; goal x, y, z
+        size, center = env.cube_spawn_half_size, torch.tensor(env.cube_spawn_center)
+        cube_z = torch.full((len(idx), 1), env.cube_half_size)
+        cube_xyz = torch.cat([u[:, :2] * size * 2 - size + center, cube_z], 1).numpy()
+        goal_xyz = torch.cat([u[:, 5:7] * size * 2 - size + center, u[:, 7:] * env.max_goal_height + cube_z], 1).numpy()
+        angles = u[:, 2:5] * (2 * np.pi) * torch.tensor([0.0, 0.0, 1.0])
+        cube_quat = matrix_to_quaternion(euler_angles_to_matrix(angles, "XYZ")).numpy()
+        rest, zeros = env.agent.keyframes["rest"].qpos, np.zeros(9, np.float32)
+        for k, i in enumerate(idx):
+            robot, cube, body = (self._scenes[i][name] for name in ("robot", "cube", "cube_body"))
+            qpos = rest + self._envs[i]._episode_rng.normal(0, env.robot_init_qpos_noise, (1, 9))[0]
+            qpos[7:] = 0.04
+            body.linear_velocity = body.angular_velocity = zeros[:3]
+            robot.qvel = robot.qf = zeros
+            robot.qpos = qpos
+            cube.pose = sapien.Pose(cube_xyz[k], cube_quat[k])
+            self._scenes[i]["goal"].pose = sapien.Pose(goal_xyz[k])
+        self._goal_pos[idx] = goal_xyz
+
+    def step(self, action):
+        """Advance every scene by one control step, 0.05 s in five physics steps.
+
+        Args:
+            action: (N, 8) float32, clipped to [-1, 1]: seven joint deltas in units of 0.1 rad, and the gripper.
+
+        Returns:
+            obs (N, 42) float32, reward (N,) float32 in [0, 1], terminated (N,) bool, truncated (N,) bool, info as `reset`.
+        """
+        action = np.clip(action.numpy(), -1, 1)
+        low, high = np.float32(-0.01), np.float32(0.04)
+        fingers = 0.5 * (high + low) + 0.5 * (high - low) * action[:, 7:]
+        targets = np.concatenate([self._qpos[:, :7] + 0.1 * action[:, :7], fingers, fingers], 1).tolist()
+        for i, scene in enumerate(self._scenes):
+            for drive, target in zip(scene["drives"], targets[i]):
+                drive(target)
+            for _ in range(5):  # sim_freq 100 Hz, control_freq 20 Hz
+                scene["px"].step()
+            self._read_state(i)
+            self._read_contacts(i)
+        self._elapsed_steps += 1
+        info = self._evaluate()
+        obs, reward = self._observation(info), torch.from_numpy(self._dense_reward(info))
+        truncated = torch.from_numpy(self._elapsed_steps >= self.max_episode_steps)
+        info = {key: torch.from_numpy(value) for key, value in info.items()}
+        return obs, reward, info["success"].clone(), truncated, info
+
+    def _read_state(self, i):
+        scene = self._scenes[i]
+        self._qpos[i], self._qvel[i] = scene["robot"].qpos, scene["robot"].qvel
+        tcp, cube = scene["tcp"].entity_pose, scene["cube"].pose
+        self._tcp_pose[i, :3], self._tcp_pose[i, 3:] = tcp.p, tcp.q
+        self._cube_pose[i, :3], self._cube_pose[i, 3:] = cube.p, cube.q
+
+    def _read_contacts(self, i):
+        """Contact impulses of the cube on the fingers; a cube 15 cm from the tcp is out of their reach."""
+        self._finger_impulse[i] = 0
+        offset = self._cube_pose[i, :3] - self._tcp_pose[i, :3]
+        if offset @ offset > 0.15**2:
+            return
+        scene = self._scenes[i]
+        cube, fingers = scene["cube_body"], scene["fingers"]
+        for contact in scene["px"].get_contacts():
+            a, b = contact.bodies
+            for f in (0, 1):
+                if (a is fingers[f] and b is cube) or (a is cube and b is fingers[f]):
+                    impulse = sum(point.impulse for point in contact.points)
+                    self._finger_impulse[i, f] += impulse if b is cube else -impulse
+                    self._finger_quat[i, f] = fingers[f].entity_pose.q
+
+    def _evaluate(self):
+        """PickCube's `evaluate`, with Panda's `is_grasping` and `is_static`."""
+        force = self._finger_impulse / self._envs[0].scene.px.timestep  # (N, 2, 3) newtons
+        w, x, y, z = np.moveaxis(self._finger_quat, -1, 0)
+        opening = np.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], -1)  # the fingers' y axes
+        opening[:, 1] *= -1
+        norm = np.linalg.norm(force, axis=-1)
+        angle = np.rad2deg(np.arccos(np.clip((force * opening).sum(-1) / np.maximum(norm, 1e-6), -1, 1)))
+        placed = np.linalg.norm(self._goal_pos - self._cube_pose[:, :3], axis=1) <= self._envs[0].goal_thresh
+        static = np.abs(self._qvel[:, :7]).max(1) <= 0.2
+        return dict(success=placed & static, is_obj_placed=placed, is_robot_static=static,
+                    is_grasped=((norm >= 0.5) & (angle <= 85)).all(1))
+
+    def _observation(self, info):
+        return torch.from_numpy(np.concatenate([
+            self._qpos, self._qvel, info["is_grasped"][:, None], self._tcp_pose, self._goal_pos, self._cube_pose,
+            self._cube_pose[:, :3] - self._tcp_pose[:, :3], self._goal_pos - self._cube_pose[:, :3],
+        ], axis=1, dtype=np.float32))
+
+    def _dense_reward(self, info):
+        """PickCube's `compute_normalized_dense_reward`."""
+        def closeness(x):
+            return 1 - np.tanh(5 * np.linalg.norm(x, axis=1))
+
+        reward = closeness(self._cube_pose[:, :3] - self._tcp_pose[:, :3]) + info["is_grasped"]
+        reward += closeness(self._goal_pos - self._cube_pose[:, :3]) * info["is_grasped"]
+        reward += closeness(self._qvel[:, :7]) * info["is_obj_placed"]
+        reward[info["success"]] = 5
+        return reward.astype(np.float32) / 5
+
+    def render_frames(self, env_idx):
+        """Photograph the scenes `env_idx` (K,): (K, H, W, 3) uint8."""
+        frames, studio = [], self._handles(self._studio)
+        for i in env_idx.tolist():
+            studio["robot"].qpos = self._qpos[i]
+            for name in ("cube", "goal", "table"):
+                studio[name].pose = self._scenes[i][name].pose
+            frames.append(take_pictures(self._studio, self._show_goal_site))
+        return torch.cat(frames)
+
+
+class StockEnvs(gym.Wrapper):
+    """A ManiSkill environment (many scenes on a GPU, or one on a CPU) with the interface of PickCubeCPU."""
+
+    def __init__(self, env, show_goal_site: bool):
+        super().__init__(env)
+        self.num_envs, self.device = env.unwrapped.num_envs, env.unwrapped.device
+        self.single_observation_space = env.unwrapped.single_observation_space
+        self.single_action_space = env.unwrapped.single_action_space
+        self.max_episode_steps = env.get_wrapper_attr("_max_episode_steps")
+        self._show_goal_site = show_goal_site
+
+    def render_frames(self, env_idx):
+        return take_pictures(self.env.unwrapped, self._show_goal_site)[env_idx]
+
+
+def make_envs(args, num_envs: int, camera: Optional[dict] = None, show_goal_site: bool = True):
+    """This rank's scenes of `args.env_id`, on the chosen backend; the training loop cannot tell one backend from another."""
+    if args.sim_backend == "physx_cpu" and args.env_id == "PickCube-v1" and args.control_mode == "pd_joint_delta_pos":
+        return PickCubeCPU(num_envs, camera=camera, show_goal_site=show_goal_site)
+    device = f":{os.environ.get('LOCAL_RANK', 0)}" if args.sim_backend == "physx_cuda" else ""
+    env = make_stock(args.env_id, num_envs, args.control_mode, args.sim_backend + device, camera)
+    return StockEnvs(env, show_goal_site)
+
+
+# ---------------------------------------------------------------------------------------------- agent
+
+def layer_init(layer, std=2**0.5):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, 0.0)
+    return layer
+
+
+def mlp(inputs: int, outputs: int, std: float):
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 256)), nn.Tanh(),
+        layer_init(nn.Linear(256, 256)), nn.Tanh(),
+        layer_init(nn.Linear(256, 256)), nn.Tanh(),
+        layer_init(nn.Linear(256, outputs), std))
+
+
+class Agent(nn.Module):
+    """A Gaussian policy whose standard deviation does not depend on the state, and a separate value network."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.critic = mlp(obs_dim, 1, std=1.0)
+        self.actor_mean = mlp(obs_dim, action_dim, std=0.01 * 2**0.5)
+        self.actor_logstd = nn.Parameter(torch.full((1, action_dim), -1.0))
+
+    def get_value(self, x):
+        return self.critic(x).squeeze(-1)
+
+    def get_action_and_logprob(self, x, action=None):
+        mean = self.actor_mean(x)
+        probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
+        if action is None:
+            action = probs.sample()
+        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1)
+
+
+def compute_gae(rewards, values, next_values, terminal, dones, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16). All tensors (num_steps, num_envs).
+
+    `next_values` are those of the true next observations, also where an episode ended. `dones` cut the sum at the ends of
+    episodes; `terminal` also drops the bootstrap there.
+    """
+    advantages, last = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_values[t] * ~terminal[t] - values[t]
+        advantages[t] = last = delta + gamma * gae_lambda * ~dones[t] * last
+    return advantages
+
+
+@torch.no_grad()
+def evaluate(agent, envs, num_videos: int = 0):
+    """One episode a scene with the deterministic policy, on seeds that never change.
+
+    Returns:
+        metrics: success_once (at any step), success_at_end (in the last step), episode_len (steps until the first success
+            or the time-out), return (sum of rewards until then): means over the episodes of all ranks.
+        video: (max_episode_steps, H, W, 3) uint8 of the first `num_videos` scenes side by side, or None.
+    """
+    first_seed = 1_000_000 + RANK * envs.num_envs
+    obs, _ = envs.reset(seed=list(range(first_seed, first_seed + envs.num_envs)))
+    once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
+    episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
+    video = []
+    for _ in range(envs.max_episode_steps):
+        obs, reward, _, _, info = envs.step(agent.actor_mean(obs))
+        episode_len += ~once
+        episode_return += reward * ~once
+        once |= info["success"]
+        if num_videos:
+            video.append(torch.cat(list(envs.render_frames(torch.arange(num_videos, device=envs.device))), 1).cpu().numpy())
+    means = all_reduce_sum(torch.stack([once, info["success"], episode_len, episode_return]).mean(1)) / WORLD_SIZE
+    names = ("success_once", "success_at_end", "episode_len", "return")
+    return dict(zip(names, means.tolist())), np.stack(video) if video else None
+
+
+def save_video(run_dir: Path, writer, video, global_step: int):
+    """videos/global_step_<N>.mp4 at the control frequency of 20 Hz, and a moving picture in TensorBoard."""
+    import imageio
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    path, gif = run_dir / "videos" / f"global_step_{global_step}.mp4", io.BytesIO()
+    path.parent.mkdir(exist_ok=True)
+    imageio.mimwrite(path, video, fps=20, macro_block_size=1)
+    imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
+    image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
+
+
+# ---------------------------------------------------------------------------------------------- reward
+
+class RewardModel(nn.Module):
+    """Says of a frame how sure it is that the task is done."""
+
+    def __init__(self, arch: str, hidden_dim: int, input_size: int):
+        super().__init__()
+        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 4096 or not 32 <= input_size <= 1024:
+            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
+        self.input_size = input_size
+        self.resnet = torchvision.models.get_model(arch)
+        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
+        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def scale(self, frames):
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
+        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+
+    def forward(self, frames):
+        """(K, input_size, input_size, 3), values in [0, 255] -> (K,) float32 logits. NHWC is torch's channels_last."""
+        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).squeeze(-1)
+
+    @torch.inference_mode()
+    def predict(self, frames, batch_size: int = 64):
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        device = self.mean.device
+        return torch.cat([self(self.scale(f.to(device))).sigmoid() for f in frames.split(batch_size)])
+
+
+def load_reward_model(path: str, device):
+    """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
+        model.load_state_dict(checkpoint["model"])
+        return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
+
+
+def resnet_reward(reward_model, envs, env_reward, success, scored, args):
+    """The reward of stage 4: look at the scenes `scored` and pay for those that look done.
+
+    Args:
+        env_reward: (N,) float32, the environment's own, which only --reward-mode add uses.
+        success: (N,) bool, the simulator's verdict, which only --oracle uses.
+        scored: (K,) int64, indices of scenes; the others are paid nothing.
+
+    Returns:
+        reward (N,) float32, probs (K,) float32 that the task is done, frames (K, H, W, 3) uint8 (None where none was taken).
+    """
+    reward = env_reward.clone() if args.reward_mode == "add" else torch.zeros_like(env_reward)
+    frames = envs.render_frames(scored) if len(scored) and not args.oracle else None
+    probs = success[scored].float() if frames is None else reward_model.predict(frames)
+    reward[scored] += args.alpha * (probs if args.use_soft_reward else (probs > args.threshold).float())
+    return reward, probs, frames
+
+
+LABELS = ("success", "failure")
+COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", "is_obj_placed",
+           "is_robot_static", "is_grasped")
+"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is in metres (PickCube only), flags are 0 or 1"""
+
+
+def make_contract(args) -> dict:
+    """What stages 2 and 4 must agree on: a reward model only knows pictures that were made exactly like this."""
+    import inspect
+
+    import mani_skill
+
+    robot = inspect.signature(find_task(args.env_id)).parameters["robot_uids"].default
+    return dict(format_version=1, env_id=args.env_id, robot=robot, control_mode=args.control_mode,
+                reward_render_mode=args.reward_render_mode, show_goal_site=args.show_goal_site,
+                image_size=[3, args.image_size, args.image_size], camera=CAMERA, shader="minimal",
+                mani_skill_version=mani_skill.__version__)
+
+
+def contract_differences(theirs: dict, ours: dict):
+    """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
+        print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
+              f"{ours.get('mani_skill_version')}", file=sys.stderr)
+    return [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key) and key != "mani_skill_version"]
+
+
+def file_mistakes(folder: str, contract: dict, gathered):
+    """Add frames to <folder>/success and /failure, with metadata.json and index.csv, laid out as by ppo_collect.py."""
+    metadata, index = Path(folder, "metadata.json"), Path(folder, "index.csv")
+    if not metadata.exists():
+        metadata.parent.mkdir(parents=True, exist_ok=True)
+        write_file(metadata, json.dumps(contract, indent=2).encode())
+        write_file(index, (",".join(COLUMNS) + "\n").encode())
+    for frame, row in (mistake for mistakes in gathered for mistake in mistakes):
+        files = Path(folder, row["label"])
+        files.mkdir(exist_ok=True)
+        number = max((int(f.stem) for f in files.glob("*.png") if f.stem.isdigit()), default=0) + 1
+        row, text, png = dict(row, file=f"{row['label']}/{number:04d}.png"), PngInfo(), io.BytesIO()
+        text.add_text("row", json.dumps(row))
+        Image.fromarray(frame).save(png, "PNG", pnginfo=text, compress_level=1)
+        write_file(Path(folder, row["file"]), png.getvalue())
+        with open(index, "a") as f:
+            csv.DictWriter(f, COLUMNS, restval="", lineterminator="\n").writerow(row)
+
+
+# ---------------------------------------------------------------------------------------------- ranks and files
+
+def fail(message: str):
+    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
+    if RANK == 0:
+        print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def start_ranks(num_procs: int) -> int:
+    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
+                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)))
+             for r in range(num_procs)]
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            for rank in ranks:
+                rank.kill()
+            return abs(failed[0]) if failed else 0
+        time.sleep(0.1)
+
+
+def on_rank0(function, *arguments):
+    """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
+    result = [None, False]
+    if RANK == 0:
+        try:
+            result = [function(*arguments), True]
+        except OSError as error:
+            print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
+                  "mend that, then resume", file=sys.stderr)
+        except SystemExit:  # fail() has spoken
+            pass
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    if not result[1]:
+        sys.exit(2)
+    return result[0]
+
+
+def all_reduce_sum(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_all(value):
+    """The `value` of every rank, in a list, on every rank."""
+    values = [value]
+    if WORLD_SIZE > 1:
+        values = [None] * WORLD_SIZE
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(parameters):
+    """Average the gradients over the ranks: one all-reduce of one flat tensor."""
+    if WORLD_SIZE > 1:
+        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters])) / WORLD_SIZE
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p.grad))
+
+
+def write_file(path: Path, data: bytes, sync: bool = False):
+    """Write via a temporary file, so that `path` never holds half of it; `sync`: not even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def make_run_dir(args) -> Path:
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
+    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
+    run_dir.mkdir(parents=True)
+    write_file(run_dir / "args.json", json.dumps(dict(asdict(args), command=shlex.join(sys.argv)), indent=2).encode())
+    return run_dir
+
+
+def save_checkpoint(run_dir: Path, agent, optimizer, global_step: int, env_steps: int, args):
+    """checkpoints/global_step_<N>/checkpoint.pt, tensors and plain values only."""
+    folder, buffer = run_dir / "checkpoints" / f"global_step_{global_step}", io.BytesIO()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(script=SCRIPT, agent=agent.state_dict(), optimizer=optimizer.state_dict(), global_step=global_step,
+                    env_steps=env_steps, args=asdict(args)), buffer)
+    write_file(folder / "checkpoint.pt", buffer.getvalue(), sync=True)
+
+
+def load_checkpoint(resume_dir: str):
+    """The checkpoint in a checkpoint folder, or the newest whole one in a run's folder; returns (checkpoint, run_dir)."""
+    folder, error = Path(resume_dir), "there is none"
+    steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
+    is_run = not (folder / "checkpoint.pt").exists()
+    for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
+        try:
+            checkpoint = torch.load(candidate / "checkpoint.pt", map_location="cpu", weights_only=True)
+            if {"script", "agent", "optimizer", "global_step", "env_steps"} <= checkpoint.keys():
+                return checkpoint, candidate.parents[1]
+            error = "it was not written by this project"
+        except Exception as e:  # torch.load raises many kinds of errors for damaged files
+            error = str(e).strip().partition("\n")[0][:100]
+    fail(f"--resume-dir {resume_dir}: no checkpoint could be read ({error}); name a run's folder or a checkpoint's")
+
+
+def load_weights(agent, optimizer, checkpoint):
+    """Take over the checkpoint's agent, and its optimizer if one is given."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        if optimizer:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if "initial_lr" not in optimizer.param_groups[0]:
+                raise KeyError("the optimizer has no initial_lr")
+    except (RuntimeError, ValueError, KeyError) as error:
+        fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
+             "another --env-id or --control-mode?")
+
+
+def check_args(args) -> int:
+    """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
+
+    Returns:
+        the number of ranks.
+    """
+    if args.sim_backend == "auto":
+        args.sim_backend = "physx_cuda" if args.cuda and torch.cuda.is_available() else "physx_cpu"
+    gpu = args.sim_backend == "physx_cuda"
+    if gpu and not torch.cuda.is_available():
+        fail("--sim-backend physx_cuda needs an NVIDIA GPU and none was found; leave it out to simulate on the CPU")
+    for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, gpu_default if gpu else cpu_default)
+    for name, value in vars(args).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_ZERO and value < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+        if name in RATES and not 0 <= value <= 1:
+            fail(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
+    if "WORLD_SIZE" in os.environ:
+        num_ranks = WORLD_SIZE
+    elif gpu:
+        num_ranks = 1
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_ranks = args.num_procs or next(
+            n for n in range(cores, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
+    for name in ("num_envs", "num_eval_envs"):
+        if getattr(args, name) % num_ranks:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {num_ranks} ranks; take a multiple")
+        stock = args.env_id != "PickCube-v1" or args.control_mode != "pd_joint_delta_pos"
+        if stock and not gpu and getattr(args, name) > num_ranks:
+            fail(f"{args.env_id} with {args.control_mode} runs one scene a rank on a CPU: take --num-envs {num_ranks} "
+                 f"--num-eval-envs {num_ranks}, or PickCube-v1 with pd_joint_delta_pos")
+    if args.num_envs // num_ranks * args.num_steps < args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} is more than the {args.num_envs // num_ranks * args.num_steps} steps "
+             "of a rank's rollout")
+    if args.evaluate and not args.resume_dir:
+        fail("--evaluate needs a checkpoint: --resume-dir logs/<run>")
+    return num_ranks
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    num_procs = check_args(args)
+    checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)
+
+    # Reward model; it is refused here, before anything is built, where its frames differ from ours
+    contract, reward_model = make_contract(args), None
+    if not args.oracle and not args.evaluate:
+        reward_model, known = load_reward_model(args.reward_checkpoint, torch.device("cpu"))
+        differing = contract_differences(known, contract)
+        if differing:
+            fail(f"{args.reward_checkpoint} knows other frames than these: " + "; ".join(differing)
+                 + "; match them with the flags of these names, or train it on frames like these")
+    if num_procs > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(start_ranks(num_procs))
+
+    # Ranks and seeds
+    gpu = args.sim_backend == "physx_cuda"
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if gpu else "gloo")
+    stop_signals = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
+    continued = checkpoint is not None and checkpoint["script"] == SCRIPT
+    global_step, env_steps = (checkpoint["global_step"], checkpoint["env_steps"]) if continued else (0, 0)
+    seed = args.seed + 1000 * global_step + RANK  # a continued run must not repeat the episodes it began with
+    torch.manual_seed(seed)
+
+    # Scenes
+    args.capture_video = args.capture_video and has_renderer(args.sim_backend)
+    camera = dict(contract["camera"], width=args.image_size, height=args.image_size, shader_pack=contract["shader"])
+    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, camera if args.capture_video else None, args.show_goal_site)
+    envs = eval_envs if args.evaluate else make_envs(
+        args, args.num_envs // WORLD_SIZE, None if args.oracle else camera, args.show_goal_site)
+    device, num_envs = envs.device, envs.num_envs
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    # Agent
+    agent = Agent(obs_dim, action_dim).to(device)
+    parameters, critic_parameters = list(agent.parameters()), list(agent.critic.parameters())
+    optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
+                                 fused=True)
+    if checkpoint:
+        load_weights(agent, optimizer if continued else None, checkpoint)
+    if WORLD_SIZE > 1:
+        for p in parameters:
+            dist.broadcast(p.data, 0)
+
+    # The run's folder
+    if not continued:
+        run_dir = on_rank0(make_run_dir, args)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1) if RANK == 0 else None
+    num_videos = min(4, eval_envs.num_envs) if args.capture_video and RANK == 0 else 0
+
+    def log_evaluation():
+        metrics, video = evaluate(agent, eval_envs, num_videos)
+        if RANK == 0:
+            for name, value in metrics.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            if video is not None:
+                save_video(run_dir, writer, video, global_step)
+            tqdm.write(f"global step {global_step}, {env_steps:,} env steps: "
+                       + ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items()))
+
+    if args.evaluate:
+        log_evaluation()
+        sys.exit(0)
+
+    # Storage of one rollout
+    obs = torch.zeros((args.num_steps, num_envs, obs_dim), device=device)
+    next_obs = torch.zeros((args.num_steps, num_envs, obs_dim), device=device)  # the true ones, before any reset
+    actions = torch.zeros((args.num_steps, num_envs, action_dim), device=device)
+    logprobs = torch.zeros((args.num_steps, num_envs), device=device)
+    rewards = torch.zeros((args.num_steps, num_envs), device=device)
+    dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
+    terminal = torch.zeros_like(dones)  # ended by success, with nothing more to come
+    # Of the episodes under way
+    episode_id = RANK * num_envs + torch.arange(num_envs, device=device)
+    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
+    episode_once = torch.zeros(num_envs, dtype=torch.bool, device=device)  # has succeeded at any step
+    episode_return = torch.zeros(num_envs, device=device)
+    current_obs, _ = envs.reset(seed=seed)
+    mistakes, latest_mistakes = [], deque(maxlen=24)
+    if reward_model:
+        reward_model.to(device)
+
+    progress = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
+    first_env_steps, start_time, stopping = env_steps, time.time(), False
+    while global_step < args.num_iterations and not stopping:
+        global_step += 1
+        iteration_time = time.time()
+
+        # Rollout
+        finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
+        audit = torch.zeros(4, dtype=torch.float64, device=device)  # true and false positives, false and true negatives
+        for step in range(args.num_steps):
+            with torch.no_grad():
+                action, logprob, _ = agent.get_action_and_logprob(current_obs)
+            obs[step], actions[step], logprobs[step] = current_obs, action, logprob
+            current_obs, reward, terminated, truncated, info = envs.step(action)
+            done = truncated if args.ignore_terminations else terminated | truncated
+            done_idx = done.nonzero().squeeze(-1)
+            env_steps += args.num_envs
+            episode_len += 1
+            episode_once |= info["success"]
+
+            # Reward
+            scored = done_idx if args.reward_render_mode == "episode_end" else torch.arange(num_envs, device=device)
+            reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
+            said, success = probs > args.threshold, info["success"][scored]
+            audit += torch.stack([said & success, said & ~success, ~said & success, ~said & ~success]).sum(1)
+            for k in (said != success).nonzero().squeeze(-1).tolist():
+                i = scored[k]
+                row = dict({key: int(info[key][i]) for key in COLUMNS if key in info}, label=LABELS[not success[k]],
+                           episode=int(episode_id[i]), step=int(episode_len[i]), is_final=int(done[i]),
+                           global_step=global_step, env_steps=env_steps)
+                if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
+                    row["cube_to_goal"] = round(current_obs[i, -3:].norm().item(), 5)
+                mistakes.append((frames[k].cpu().numpy(), row))
+
+            next_obs[step], rewards[step], dones[step] = current_obs, reward, done
+            terminal[step] = done & terminated & (args.reward_mode == "replace")
+            episode_return += reward
+            if len(done_idx):
+                finished += torch.stack([done, episode_once & done, episode_len * done, episode_return * done]).sum(1)
+                current_obs, _ = envs.reset(options=dict(env_idx=done_idx))
+                episode_id[done_idx] += args.num_envs
+                episode_once[done_idx] = False
+                episode_len[done_idx] = 0
+                episode_return[done_idx] = 0
+        latest_mistakes.extend(mistakes)
+        if args.save_mistakes:
+            gathered = gather_all(mistakes)
+            on_rank0(file_mistakes, args.save_mistakes, contract, gathered)
+        mistakes.clear()
+        rollout_time = time.time() - iteration_time
+
+        # Advantages
+        with torch.no_grad():
+            values, next_values = agent.get_value(obs), agent.get_value(next_obs)
+        # Success is a true end, with nothing to bootstrap from, unless the dense reward is in: there, an end that is worth
+        # nothing teaches avoidance. Where time is up, the value of the true last observation stands for what would follow.
+        advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values
+
+        # Update
+        b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
+        b_advantages, b_returns = advantages.flatten(), returns.flatten()
+        warming_up = global_step <= args.critic_warmup
+        losses = torch.zeros(5, device=device)  # sums over minibatches, in the order of the names they are logged under
+        num_updates = 0
+        for _epoch in range(args.update_epochs):
+            epoch_kl = torch.zeros((), device=device)
+            for mb_inds in torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches):
+                _, new_logprob, entropy = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
+                logratio = new_logprob - b_logprobs[mb_inds]
+                ratio = logratio.exp()
+                mb_advantages = b_advantages[mb_inds]
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
+                value_loss = 0.5 * ((agent.get_value(b_obs[mb_inds]) - b_returns[mb_inds]) ** 2).mean()
+
+                optimizer.zero_grad()
+                # While the critic warms up, the actor's gradients stay None, not zero: Adam moves on zeros.
+                (0.5 * value_loss if warming_up else policy_loss + 0.5 * value_loss).backward()
+                trained = critic_parameters if warming_up else parameters
+                average_gradients(trained)
+                nn.utils.clip_grad_norm_(trained, 0.5)
+                optimizer.step()
+
+                with torch.no_grad():
+                    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    losses += torch.stack([value_loss, policy_loss, entropy.mean(), approx_kl, clipfrac])
+                    epoch_kl += approx_kl
+                num_updates += 1
+            mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
+            if mean_kl > args.target_kl:
+                break
+        if args.anneal_lr:
+            schedule = optimizer.param_groups[0]
+            if mean_kl > args.target_kl:
+                schedule["initial_lr"] /= 1.5
+            schedule["lr"] = schedule["initial_lr"] * (1 - global_step / args.num_iterations)
+
+        # Log
+        stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)
+        *totals, stop = all_reduce_sum(torch.cat([finished, audit, losses.double() / num_updates, stop])).tolist()
+        episodes, successes, lengths, total_return = totals[:4]
+        tp, fp, fn, tn = totals[4:8]
+        losses = [loss / WORLD_SIZE for loss in totals[8:]]
+        if not np.isfinite(losses).all():
+            fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "
+                 f"smaller --learning-rate: --resume-dir {run_dir}")
+        stopping = stop > 0
+        if RANK == 0:
+            scalars = {f"reward_model/{name}": a / b for name, a, b in (
+                ("accuracy", tp + tn, tp + fp + fn + tn), ("precision", tp, tp + fp), ("recall", tp, tp + fn),
+                ("false_positive_rate", fp, fp + tn)) if b}
+            scalars["reward_model/scored_frames"] = tp + fp + fn + tn
+            if episodes:
+                scalars |= {"env/success_once": successes / episodes, "env/episode_len": lengths / episodes,
+                            "env/return": total_return / episodes, "env/reward": total_return / lengths}
+            names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
+            scalars |= {f"losses/{name}": loss for name, loss in zip(names, losses)}
+            scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
+            scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            scalars["charts/env_steps"] = env_steps
+            scalars["charts/rollout_share"] = rollout_time / (time.time() - iteration_time)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+            progress.update()
+            progress.set_postfix_str("success {:.0%}, {:.0f} env steps/s".format(
+                successes / max(episodes, 1), scalars["charts/SPS"]))
+
+        # Evaluate, checkpoint
+        last = stopping or global_step == args.num_iterations
+        if last or global_step % args.eval_freq == 0:
+            log_evaluation()
+            if RANK == 0 and latest_mistakes:
+                pictures = np.stack([frame for frame, _ in latest_mistakes])
+                writer.add_images("reward_model/latest_mistakes", pictures, global_step, dataformats="NHWC")
+        if last or global_step % args.save_interval == 0:
+            on_rank0(save_checkpoint, run_dir, agent, optimizer, global_step, env_steps, args)
+
+    if RANK == 0:
+        progress.close()
+        writer.close()
+        print(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s in this process: "
+              f"{run_dir / 'checkpoints' / f'global_step_{global_step}'}")
+        if global_step < args.num_iterations:
+            print(f"To go on: python {SCRIPT}.py --resume-dir {shlex.quote(str(run_dir))}")

@@ -1,0 +1,213 @@
+"""Stages 3 and 4 as people run them: real processes, real rendering, real checkpoints."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_env import CAMERA, ROOT, load_policy
+
+import ppo_dense
+import ppo_resnet_reward
+from ppo_resnet_reward import Args, PickCubeCPU, RewardModel, make_contract, resnet_reward
+
+SMALL = ["--num-procs", "1", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "4", "--no-capture-video"]
+
+
+def run(script, cwd, *args, code=0, env=None, before=""):
+    """Runs <script>.py; `before` is Python that the process runs first, to watch a library from inside."""
+    command = f"import runpy, sys; sys.argv = sys.argv[1:]; {before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    start = [sys.executable, "-c", command] if before else [sys.executable]
+    result = subprocess.run([*start, str(ROOT / f"{script}.py"), *SMALL, *map(str, args)], cwd=cwd, capture_output=True,
+                            text=True, timeout=300, env=dict(os.environ, **(env or {})))
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in result.stderr
+    return result.stdout, result.stderr
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir), size_guidance=dict(scalars=0))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def random_reward_model(path, **wrong):
+    """A ResNet that has learned nothing, for frames of the default contract; `wrong` fields of it may differ."""
+    torch.manual_seed(0)
+    model = RewardModel("resnet18", 32, 64)
+    torch.save(dict(arch="resnet18", hidden_dim=32, input_size=64, model=model.state_dict(),
+                    contract=dict(make_contract(Args()), **wrong)), path)
+    return path
+
+
+def dense_checkpoint(tmp_path):
+    """The trained policy as a checkpoint of stage 3."""
+    folder = tmp_path / "dense" / "checkpoints" / "global_step_100"
+    folder.mkdir(parents=True)
+    checkpoint = torch.load(ROOT / "tests" / "policy.pt", weights_only=True)
+    torch.save(dict(checkpoint, script="ppo_dense", optimizer={}, global_step=100, env_steps=0), folder / "checkpoint.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Six scenes at the end of an episode of the trained policy, some of them successful."""
+    torch.manual_seed(0)
+    envs, policy = PickCubeCPU(6, camera=CAMERA), load_policy()
+    obs, _ = envs.reset(seed=0)
+    for _ in range(40):
+        with torch.no_grad():
+            obs, reward, _, _, info = envs.step(policy.actor_mean(obs))
+    assert info["success"].any()
+    return envs, reward, info["success"]
+
+
+@pytest.mark.parametrize("mode", ["replace", "add"])
+@pytest.mark.parametrize("alpha, threshold, soft", [(1.0, 0.5, False), (0.5, None, False), (2.0, 0.5, True)])
+def test_reward(scenes, mode, alpha, threshold, soft):
+    """The numbers that the formula gives for the frames of known scenes; scenes that are not scored get nothing."""
+    envs, env_reward, success = scenes
+    torch.manual_seed(1)
+    model, scored = RewardModel("resnet18", 32, 64).eval(), torch.tensor([5, 0, 2, 3])
+    probs = torch.sigmoid(model(model.scale(envs.render_frames(scored))).detach())
+    threshold = probs.sort()[0][1:3].mean().item() if threshold is None else threshold  # two above, two below
+    args = Args(reward_mode=mode, alpha=alpha, threshold=threshold, use_soft_reward=soft)
+    reward, said, frames = resnet_reward(model, envs, env_reward, success, scored, args)
+    expected = env_reward.clone() if mode == "add" else torch.zeros(6)
+    for k, i in enumerate(scored.tolist()):
+        expected[i] += alpha * probs[k] if soft else alpha * (probs[k] > threshold)
+    torch.testing.assert_close(reward, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(said, probs, atol=1e-6, rtol=0)
+    assert frames.shape == (4, 224, 224, 3) and frames.dtype == torch.uint8
+    nothing, said, _ = resnet_reward(model, envs, env_reward, success, scored[:0], args)
+    assert len(said) == 0 and torch.equal(nothing, env_reward if mode == "add" else torch.zeros(6))
+    oracle, _, frames = resnet_reward(None, envs, env_reward, success, scored, Args(oracle=True))
+    assert frames is None and torch.equal(oracle[scored].bool(), success[scored])
+
+
+def test_dense_stops_and_continues_exactly(tmp_path):
+    """Stage 3 needs no Vulkan, leaves the checkpoint that stage 4 reads, and a continued run repeats what a run that was
+    continued from the same checkpoint did: weights, losses and metrics, bit for bit."""
+    nowhere = dict(VK_DRIVER_FILES="/nonexistent.json", VK_ICD_FILENAMES="/nonexistent.json")
+    out, _ = run("ppo_dense", tmp_path, "--num-iterations", "3", "--save-interval", "2", "--capture-video", env=nowhere)
+    run_dir, = tmp_path.glob("logs/*")
+    assert sorted(p.name for p in run_dir.glob("checkpoints/*")) == ["global_step_2", "global_step_3"]
+    assert f"checkpoints{os.sep}global_step_3" in out
+    assert {"eval/success_once", "env/episode_len", "losses/value_loss", "charts/SPS"} <= scalars(run_dir).keys()
+
+    results = []
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        source = (run_dir / "checkpoints/global_step_2/checkpoint.pt").read_bytes()
+        (tmp_path / name / "checkpoints/global_step_2").mkdir()
+        (tmp_path / name / "checkpoints/global_step_2/checkpoint.pt").write_bytes(source)
+        run("ppo_dense", tmp_path, "--num-iterations", "4", "--resume-dir", name)
+        metrics = scalars(tmp_path / name)
+        assert sorted(metrics["losses/value_loss"]) == [3, 4]
+        checkpoint = torch.load(tmp_path / name / "checkpoints/global_step_4/checkpoint.pt", weights_only=True)
+        assert checkpoint["env_steps"] == 4 * 8 * 50
+        results.append((checkpoint, {k: v for k, v in metrics.items() if k.partition("/")[0] in ("env", "eval", "losses")}))
+    (a, a_metrics), (b, b_metrics) = results
+    assert a_metrics == b_metrics and all(torch.equal(a["agent"][k], b["agent"][k]) for k in a["agent"])
+    first = torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)
+    assert a["optimizer"]["state"][0]["step"] > first["optimizer"]["state"][0]["step"], "Adam's moments were taken over"
+
+
+def test_stage_4_renders_final_frames_only(tmp_path):
+    """Every rendered picture is counted inside ManiSkill: as many as episodes ended. With `always`: as many as env steps."""
+    random_reward_model(tmp_path / "model.pt")
+    count = ("import mani_skill.envs.sapien_env as s; real = s.BaseEnv.render_rgb_array; n = [0]\n"
+             "def counting(*a, **k): n[0] += 1; return real(*a, **k)\n"
+             "s.BaseEnv.render_rgb_array = counting; import atexit; atexit.register(lambda: print('pictures', n[0]))")
+    for mode in ("episode_end", "always"):
+        checkpoint = random_reward_model(tmp_path / "model.pt", reward_render_mode=mode)
+        out, _ = run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint",
+                     checkpoint, "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
+                     "--reward-render-mode", mode, "--log-dir", mode, "--save-mistakes", tmp_path / f"mistakes-{mode}",
+                     before=count)
+        pictures = int(out.rpartition("pictures ")[2])
+        metrics = scalars(next((tmp_path / mode).glob("*-ppo_resnet_reward")))
+        scored = sum(metrics["reward_model/scored_frames"].values())
+        assert pictures == scored and (scored == 200 if mode == "always" else 8 <= scored < 60)
+        assert metrics["env/success_once"].keys() == metrics["reward_model/accuracy"].keys()
+
+        # The mistakes are laid out as stage 1's data, and stage 2 reads them
+        with open(tmp_path / f"mistakes-{mode}/index.csv") as f:
+            rows = list(csv.DictReader(f))
+        wrong = sum((1 - metrics["reward_model/accuracy"][step]) * metrics["reward_model/scored_frames"][step]
+                    for step in metrics["reward_model/accuracy"])
+        assert len(rows) == round(wrong) > 0
+        for row in rows:
+            with Image.open(tmp_path / f"mistakes-{mode}" / row["file"]) as image:
+                assert image.size == (224, 224) and json.loads(image.text["row"])["file"] == row["file"]
+            assert (row["label"] == "success") == (row["is_obj_placed"] == row["is_robot_static"] == "1")
+            assert row["is_final"] == "1" or mode == "always"
+
+
+def test_stage_4_continues(tmp_path):
+    """From stage 3: weights only, step 0 and a critic that warms up while the actor stands still. From its own: on."""
+    model, start = random_reward_model(tmp_path / "model.pt"), dense_checkpoint(tmp_path)
+    args = ["--reward-checkpoint", model, "--critic-warmup", "2"]
+    run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--num-iterations", "2")
+    run_dir, = tmp_path.glob("logs/*")
+    before = torch.load(start / "checkpoint.pt", weights_only=True)["agent"]
+    warm = torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)
+    for key, value in warm["agent"].items():
+        assert torch.equal(value, before[key]) == key.startswith("actor"), key
+    run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dir, "--num-iterations", "3")
+    assert list(tmp_path.glob("logs/*")) == [run_dir]
+    after = torch.load(run_dir / "checkpoints/global_step_3/checkpoint.pt", weights_only=True)
+    assert after["env_steps"] == 3 * 8 * 50
+    assert not any(torch.equal(value, before[key]) for key, value in after["agent"].items())
+
+
+def test_ignore_terminations(tmp_path):
+    """Episodes last their 50 steps, also those of a policy that succeeds."""
+    run("ppo_resnet_reward", tmp_path, "--ignore-terminations", "--oracle", "--num-iterations", "1", "--resume-dir",
+        dense_checkpoint(tmp_path))
+    metrics = scalars(next(tmp_path.glob("logs/*")))
+    assert metrics["env/episode_len"] == {1: 50.0} and metrics["env/success_once"][1] >= 0.5
+
+
+@pytest.mark.parametrize("field, theirs", [
+    ("env_id", "PushCube-v1"), ("robot", "xarm6"), ("control_mode", "pd_ee_delta_pose"), ("reward_render_mode", "always"),
+    ("show_goal_site", False), ("image_size", [3, 112, 112]), ("camera", dict(CAMERA, fov=1.0)), ("shader", "rt"),
+    ("format_version", 2)])
+def test_contract(tmp_path, field, theirs):
+    model = random_reward_model(tmp_path / "model.pt", **{field: theirs})
+    _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, code=2)
+    ours = make_contract(Args())[field]
+    assert f"{field} is {theirs} there and {ours} here" in err.splitlines()[-1], err
+    assert not (tmp_path / "logs").exists(), "nothing was built"
+
+
+def test_another_maniskill_version_only_warns(tmp_path):
+    model = random_reward_model(tmp_path / "model.pt", mani_skill_version="2.0.0")
+    _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, "--num-iterations", "1", "--num-envs", "2")
+    assert "warning: the frames were made with ManiSkill 2.0.0" in err
+
+
+def test_no_reward_model(tmp_path):
+    _, err = run("ppo_resnet_reward", tmp_path, code=2)
+    assert "best_model.pt is not a reward model" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", [ppo_dense, ppo_resnet_reward], ids=lambda m: m.__name__)
+def test_help_names_every_flag(script):
+    text = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True).stdout
+    for name in script.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_shapes():
+    """uint8 frames of any size in, one float32 probability each out."""
+    model = RewardModel("resnet34", 8, 32).eval()
+    probs = model.predict(torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8)), 2)
+    assert probs.shape == (5,) and probs.dtype == torch.float32 and ((probs > 0) & (probs < 1)).all()
+    with pytest.raises(ValueError):
+        RewardModel("resnet18", 10**9, 64)

@@ -1,0 +1,276 @@
+"""Stage 2: train_reward_resnet.py as people run it, on a small folder of real rendered frames."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_env import CAMERA, ROOT, load_policy
+
+import train_reward_resnet
+from ppo_collect import Args, FrameCollector, PickCubeCPU, make_contract
+from train_reward_resnet import augment, load_reward_model, read_index, score, split_by_episode
+
+SMALL = ["--input-size", "64", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
+
+
+def start(cwd, *args):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_reward_resnet.py"), *SMALL, *map(str, args)], cwd=cwd,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(cwd, *args, code=0):
+    process = start(cwd, *args)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory):
+    """48 successes of the trained policy, and 48 frames with the cube more than 10 cm from the goal."""
+    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=48, target_failure=48)
+    collector, policy = FrameCollector(args, make_contract(args)), load_policy()
+    torch.manual_seed(0)
+    envs = PickCubeCPU(16, camera=CAMERA)
+    obs, _ = envs.reset(seed=0)
+    episode, step = torch.arange(16), torch.zeros(16, dtype=torch.int64)
+    args.sample_rate_fail = 0.2
+    while collector.share() < 1:
+        with torch.no_grad():
+            obs, _, terminated, truncated, info = envs.step(policy.get_action_and_logprob(obs)[0])
+        done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
+        info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
+        step += 1
+        if len(collector.pending) < 150:
+            collector.photograph(envs, obs, info, done, episode=episode, step=step, global_step=1, env_steps=0)
+        if done.any():
+            idx = done.nonzero().squeeze(-1)
+            obs, _ = envs.reset(options=dict(env_idx=idx))
+            episode[idx] += 16
+            step[idx] = 0
+            collector.file()
+    return Path(args.save_dir)
+
+
+@pytest.fixture
+def data(frames, tmp_path):
+    shutil.copytree(frames, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_learns_easy_frames(data, tmp_path):
+    """Far failures against successes: all of the held-out frames are right after seconds; the contract travels."""
+    out, _ = run(tmp_path, "--epochs", "12")
+    report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
+    assert report["accuracy"] == 1.0 and report["roc_auc"] == 1.0, out
+    assert report["confusion"]["true_positive"] >= 4 and report["confusion"]["true_negative"] >= 4
+    assert report["kinds"]["ends an episode"]["frames"] >= 4
+    with Image.open(tmp_path / "reward_checkpoints/mistakes.png") as picture:
+        picture.verify()
+    model, contract = load_reward_model(tmp_path / "reward_checkpoints/best_model.pt", torch.device("cpu"))
+    assert contract == json.loads((data / "metadata.json").read_text())
+    for label in ("success", "failure"):
+        pictures = [np.asarray(Image.open(f)) for f in sorted((data / label).iterdir())]
+        probs = model.predict(torch.from_numpy(np.stack(pictures)))
+        assert probs.shape == (48,) and ((probs > 0.5) == (label == "success")).float().mean() > 0.95
+    assert list(tmp_path.glob("logs/*-train_reward_resnet/events*")) and list(tmp_path.glob("logs/*/args.json"))
+
+    # The same checkpoint on another folder, and on one whose frames were made otherwise
+    shutil.copytree(data, tmp_path / "other")
+    out, _ = run(tmp_path, "--evaluate", "reward_checkpoints/best_model.pt", "--data-path", "other")
+    report = json.loads((tmp_path / "reward_checkpoints/report_other.json").read_text())
+    assert report["frames"] == 96 and report["accuracy"] > 0.95
+    (tmp_path / "other/metadata.json").write_text(json.dumps(dict(contract, control_mode="pd_ee_delta_pose", shader="rt")))
+    _, err = run(tmp_path, "--evaluate", "reward_checkpoints/best_model.pt", "--data-path", "other", code=2)
+    assert "control_mode is pd_joint_delta_pos there and pd_ee_delta_pose here" in err and "shader is minimal there" in err
+
+
+def test_resumed_training_gives_the_same_weights(data, tmp_path):
+    """Interrupted after the second epoch, resumed, and the same as never interrupted."""
+    schedule = ["--epochs", "20", "--early-stopping-patience", "20"]
+    run(tmp_path, *schedule, "--save-dir", "whole")
+    process = start(tmp_path, *schedule, "--save-dir", "parts")
+    for line in process.stdout:
+        if line.startswith("epoch 2:"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "To go on: python" in out and "--resume" in out and "Traceback" not in err, out + err
+    assert 2 <= torch.load(tmp_path / "parts/last_model.pt", weights_only=True)["epoch"] < 20
+    run(tmp_path, *schedule, "--save-dir", "parts", "--resume")
+    a, b = (torch.load(tmp_path / name / "last_model.pt", weights_only=True) for name in ("whole", "parts"))
+    assert a["epoch"] == b["epoch"] == 20 and a["best_loss"] == b["best_loss"]
+    assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert len(list(tmp_path.glob("logs/*"))) == 2, "a resumed training goes on in its run's folder"
+    _, err = run(tmp_path, "--save-dir", "parts", "--resume", "--seed", "7", code=2)
+    assert "seed was 1 and is 7" in err
+
+
+def test_two_ranks_learn_too(data, tmp_path):
+    out, _ = run(tmp_path, "--epochs", "12", "--num-procs", "2")
+    assert "2 rank(s)" in out
+    assert json.loads((tmp_path / "reward_checkpoints/report.json").read_text())["accuracy"] >= 0.95
+
+
+def test_split_keeps_episodes_together(data):
+    _, labels, episodes, kinds, _ = read_index(str(data))
+    assert kinds["ends an episode"].sum() >= 48 and len(episodes) == 96
+    sides = set()
+    for seed in range(20):
+        train, val = split_by_episode(labels, episodes, 0.2, seed)
+        assert sorted([*train, *val]) == list(range(96))
+        assert not set(episodes[train]) & set(episodes[val])
+        assert 19 <= len(val) <= 30
+        sides.add(tuple(val))
+    assert len(sides) == 20
+    assert np.array_equal(split_by_episode(labels, episodes, 0.2, 3)[1], split_by_episode(labels, episodes, 0.2, 3)[1])
+
+
+def test_scores():
+    """Against numbers counted by hand."""
+    labels = np.array([1, 1, 1, 0, 0, 0, 0], bool)
+    probs = np.array([0.9, 0.8, 0.3, 0.6, 0.2, 0.1, 0.3])
+    report = score(probs, labels, dict(first=np.array([1, 0, 0, 1, 0, 0, 0], bool), none=np.zeros(7, bool)), 0.5)
+    assert report["confusion"] == dict(true_positive=2, false_positive=1, false_negative=1, true_negative=3)
+    assert report["accuracy"] == pytest.approx(5 / 7) and report["precision"] == pytest.approx(2 / 3)
+    assert report["recall"] == pytest.approx(2 / 3) and report["false_positive_rate"] == 0.25
+    assert report["roc_auc"] == pytest.approx((4 + 4 + 2.5) / 12)  # pairs in the right order, a tie counts half
+    assert report["threshold_995"] == pytest.approx(0.6) and (labels[probs > 0.6]).all()
+    assert report["kinds"]["first"] == dict(frames=2, accuracy=0.5, failures=1, false_positive_rate=1.0)
+    assert report["kinds"]["none"]["accuracy"] is None
+    nothing = score(np.full(4, 0.2), np.array([1, 0, 0, 1], bool), {}, 0.5)
+    assert nothing["precision"] is None and nothing["roc_auc"] == 0.5 and nothing["threshold_995"] is None
+
+
+def test_augmentation_moves_whole_frames():
+    torch.manual_seed(0)
+    frames = torch.zeros(200, 32, 32, 3, dtype=torch.uint8)
+    frames[:, 14, 16], frames[:, 18, 16] = 200, 100
+    shifted = augment(frames, 0.1, 0.0).mean(-1)
+    places = [(f == v).nonzero()[0].tolist() for f in shifted for v in (200, 100)]
+    for (y1, x1), (y2, x2) in zip(places[::2], places[1::2]):
+        assert (y2 - y1, x2 - x1) == (4, 0) and abs(y1 - 14) <= 3 and abs(x1 - 16) <= 3
+    assert {y for y, _ in places[::2]} == set(range(11, 18))
+    assert torch.equal(augment(frames, 0.0, 0.0), frames.float())
+    jittered = augment(frames, 0.0, 0.2)
+    assert 0.8 * 200 - 5 < jittered[:, 14, 16].min() < 180 and 220 < jittered[:, 14, 16].max() < 1.2 * 200 + 5
+
+
+def no_metadata(data):
+    (data / "metadata.json").unlink()
+
+
+def huge_metadata(data):
+    contract = json.loads((data / "metadata.json").read_text())
+    (data / "metadata.json").write_text(json.dumps(dict(contract, image_size=[3, 100_000, 100_000])))
+
+
+def one_class(data):
+    shutil.rmtree(data / "success")
+
+
+def too_few(data):
+    for label in ("success", "failure"):
+        for f in sorted((data / label).iterdir())[1:]:
+            f.unlink()
+
+
+def truncated_png(data):
+    f = data / "failure/0020.png"
+    f.write_bytes(f.read_bytes()[:3000])
+
+
+def wrong_size(data):
+    Image.new("RGB", (64, 64)).save(data / "success/0003.png")
+
+
+def bomb(data):
+    """A PNG whose header promises 60,000 x 60,000 pixels: refused before memory is taken."""
+    f = data / "success/0003.png"
+    content = bytearray(f.read_bytes())
+    content[16:24] = (60_000).to_bytes(4, "big") * 2
+    import zlib
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    f.write_bytes(content)
+
+
+def not_a_picture(data):
+    (data / "failure/0007.png").write_text("no picture")
+
+
+def another_file(data):
+    (data / "failure/notes.txt").write_text("no picture")
+
+
+def wrong_label(data):
+    (data / "success/0001.png").rename(data / "failure/0001.png")
+
+
+def broken_index(data):
+    (data / "index.csv").write_text("file,label,episode,is_final\nsuccess/0001.png,success,many,1\n")
+
+
+@pytest.mark.parametrize("prepare, says", [
+    (no_metadata, "metadata.json: FileNotFoundError"), (huge_metadata, "image_size must be"),
+    (one_class, "data/success holds no"),
+    (too_few, "too few frames to split"), (truncated_png, "failure/0020.png is not a whole PNG"),
+    (wrong_size, "success/0003.png is 64x64 and metadata.json says 224x224"), (bomb, "success/0003.png is "),
+    (not_a_picture, "failure/0007.png is not a whole PNG"), (another_file, "notes.txt is not a PNG"),
+    (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv row 2"), (shutil.rmtree, "metadata.json"),
+], ids=lambda x: getattr(x, "__name__", ""))
+def test_bad_folders(data, tmp_path, prepare, says):
+    """One line that says what is wrong, exit code 2, no traceback."""
+    prepare(data)
+    _, err = run(tmp_path, "--epochs", "1", code=2)
+    lines = [line for line in err.splitlines() if "Warning" not in line and "warn(" not in line]
+    assert says in lines[-1] and "train_reward_resnet: error: " in lines[-1], err
+    assert "Traceback" not in err and err.count("error: ") == 1
+
+
+def pickled(path):
+    torch.save(dict(model=Path("x")), path)
+
+
+def foreign(path):
+    torch.save(dict(script="ppo_dense", agent={}), path)
+
+
+def huge(path):
+    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, model={}, contract={}), path)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("write", [pickled, foreign, huge, empty])
+def test_bad_checkpoints(data, tmp_path, write):
+    (tmp_path / "reward_checkpoints").mkdir()
+    write(tmp_path / "reward_checkpoints/last_model.pt")
+    _, err = run(tmp_path, "--evaluate", "reward_checkpoints/last_model.pt", code=2)
+    assert "last_model.pt is not a reward model" in err and "Traceback" not in err
+    _, err = run(tmp_path, "--resume", code=2)
+    assert "last_model.pt cannot be read" in err and "Traceback" not in err
+
+
+def test_imagenet_weights_need_the_network(data, tmp_path):
+    """Where there is no network, --pretrained says so; where there is one, it trains."""
+    process = subprocess.run([sys.executable, str(ROOT / "train_reward_resnet.py"), *SMALL, "--pretrained", "--epochs", "1"],
+                             cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                             env=dict(os.environ, https_proxy="http://localhost:9", TORCH_HOME=str(tmp_path / "home")))
+    assert process.returncode == 2 and "ImageNet weights could not be downloaded" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_help_names_every_flag():
+    command = [sys.executable, str(ROOT / "train_reward_resnet.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    for name in train_reward_resnet.Args.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text

@@ -1,0 +1,640 @@
+"""Stage 2: train a ResNet that looks at a frame and says whether the task is done. It will be the reward of stage 4.
+
+Reads   data/success/*.png, data/failure/*.png, data/metadata.json, data/index.csv    written by ppo_collect.py
+Writes  reward_checkpoints/best_model.pt    the model with the lowest loss on held-out episodes, and the data's contract
+        reward_checkpoints/last_model.pt    where --resume goes on
+        reward_checkpoints/report.json      accuracy, precision, recall, ... on held-out episodes, by kind of frame
+        reward_checkpoints/mistakes.png     the worst mistakes on them
+        logs/<timestamp>-train_reward_resnet/    TensorBoard events, args.json
+
+    python train_reward_resnet.py                     # on the GPU if there is one
+    torchrun --nproc-per-node=8 train_reward_resnet.py
+    python train_reward_resnet.py --resume            # go on where an interrupted training stopped
+    python train_reward_resnet.py --evaluate reward_checkpoints/best_model.pt --data-path other_data
+"""
+import csv
+import io
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torchvision
+import tyro
+from PIL import Image, ImageDraw
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun or start_ranks
+
+
+@dataclass
+class Args:
+    exp_name: str = SCRIPT
+    """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
+    seed: int = 1
+    """seed of the split, the first weights, the order of the frames and their augmentation"""
+    cuda: bool = True
+    """train on the GPU when there is one"""
+    num_procs: Optional[int] = None
+    """ranks to start on a CPU; default: one a core (a GPU run is one process; for more use torchrun)"""
+    log_dir: str = "logs"
+    """parent of the runs' folders"""
+    data_path: str = "data"
+    """folder of the frames"""
+    save_dir: str = "reward_checkpoints"
+    """folder of the checkpoints and reports"""
+    resume: bool = False
+    """continue from <save-dir>/last_model.pt"""
+    evaluate: Optional[str] = None
+    """only score this checkpoint on all frames of --data-path"""
+
+    # Model
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """torchvision's network (arXiv:1512.03385)"""
+    hidden_dim: int = 256
+    """units of the layer between its features and the logit"""
+    input_size: Optional[int] = None
+    """side in pixels to which frames are scaled before the first layer; default: 224 on a GPU, 112 on a CPU"""
+    bf16: Optional[bool] = None
+    """train in bfloat16 where that is safe; default: on a GPU, and on a CPU that has instructions for it"""
+    pretrained: bool = False
+    """start from ImageNet weights, downloaded by torchvision"""
+
+    # Training
+    epochs: int = 100
+    """passes over the frames at most"""
+    batch_size: int = 64
+    """frames of all ranks together in one step"""
+    lr: float = 1e-4
+    """AdamW's step size in the first epoch; it falls linearly, to 0 after the last"""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay"""
+    val_split: float = 0.1
+    """share of the frames, in whole episodes, that is held out"""
+    early_stopping_patience: int = 15
+    """end after so many epochs without a lower loss on the held-out episodes"""
+    threshold: float = 0.5
+    """probability above which the reports count a frame as done"""
+    random_shift: float = 0.04
+    """augmentation: shift frames by up to this share of their side"""
+    color_jitter: float = 0.2
+    """augmentation: change brightness and contrast by up to this share"""
+
+
+# ---------------------------------------------------------------------------------------------- reward model
+
+class RewardModel(nn.Module):
+    """Says of a frame how sure it is that the task is done."""
+
+    def __init__(self, arch: str, hidden_dim: int, input_size: int):
+        super().__init__()
+        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 4096 or not 32 <= input_size <= 1024:
+            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
+        self.input_size = input_size
+        self.resnet = torchvision.models.get_model(arch)
+        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
+        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def scale(self, frames):
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
+        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+
+    def forward(self, frames):
+        """(K, input_size, input_size, 3), values in [0, 255] -> (K,) float32 logits. NHWC is torch's channels_last."""
+        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).squeeze(-1)
+
+    @torch.inference_mode()
+    def predict(self, frames, batch_size: int = 64):
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        device = self.mean.device
+        return torch.cat([self(self.scale(f.to(device))).sigmoid() for f in frames.split(batch_size)])
+
+
+def load_reward_model(path: str, device):
+    """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
+        model.load_state_dict(checkpoint["model"])
+        return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
+
+
+def augment(frames, shift: float, jitter: float):
+    """Shift every frame, repeating its edge, and change its brightness and contrast; nothing moves the cube relative to the
+    goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
+    batch, size, device = len(frames), frames.shape[1], frames.device
+    offset = ((torch.rand(2, batch, 1, device=device) * 2 - 1) * shift * size).round().long()
+    rows, columns = (torch.arange(size, device=device) + offset).clamp(0, size - 1)  # (B, S) each
+    frames = frames[torch.arange(batch, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]].float()
+    brightness, contrast = (torch.rand(2, batch, 1, 1, 1, device=device) * 2 - 1) * jitter
+    mean = frames.mean((1, 2, 3), keepdim=True)
+    return mean * (1 + brightness) + (frames - mean) * (1 + contrast)
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+LABELS = ("success", "failure")
+KINDS = ("ends an episode", "near miss", "ambiguous", "other")
+
+
+def read_index(data_path: str):
+    """What is in a folder of frames, without opening one.
+
+    Returns:
+        files: paths relative to the folder, successes first; labels: (M,) bool, True is success;
+        episodes: (M,) int64, a frame without a row in index.csv is an episode of its own;
+        kinds: {kind: (M,) bool}, from index.csv: the frames that end an episode; failures with the cube 2.5 to 5 cm from the
+        goal; failures with the cube at the goal and the robot still moving; the rest; contract: metadata.json.
+    """
+    folder = Path(data_path)
+    try:
+        contract = dict(json.loads((folder / "metadata.json").read_text()))
+        channels, height, width = contract["image_size"]
+        if channels != 3 or height != width or not 32 <= height <= 1024:
+            raise ValueError("image_size must be [3, S, S] with S from 32 to 1024")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        fail(f"{folder / 'metadata.json'}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: "
+             "collect them with ppo_collect.py, or name their folder with --data-path")
+    files = {}
+    for label in LABELS:
+        names = sorted(f for f in os.listdir(folder / label) if not f.endswith(".tmp")) if (folder / label).is_dir() else []
+        strange = next((name for name in names if not name.endswith(".png")), None)
+        if strange:
+            fail(f"{folder / label / strange} is not a PNG; remove it")
+        if not names:
+            fail(f"{folder / label} holds no frames, and training needs both classes; collect more with ppo_collect.py")
+        files[label] = [f"{label}/{name}" for name in names]
+    rows = {}
+    try:
+        if (folder / "index.csv").exists():
+            with open(folder / "index.csv", newline="") as f:
+                for row in csv.DictReader(f):
+                    rows[row["file"]] = dict(
+                        episode=int(row["episode"]), label=row["label"], final=row["is_final"] == "1",
+                        placed=row.get("is_obj_placed") == "1", distance=float(row.get("cube_to_goal") or "nan"))
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        fail(f"{folder / 'index.csv'} row {len(rows) + 2}: {type(error).__name__}: {str(error)[:100]}; ppo_collect.py writes "
+             f"it anew from the frames: --save-dir {folder}")
+    names = files["success"] + files["failure"]
+    moved = next((name for name in names if name in rows and rows[name]["label"] != name.partition("/")[0]), None)
+    if moved:
+        fail(f"{folder / moved} is labelled {rows[moved]['label']} in index.csv; move it back or remove the row")
+    unknown = dict(final=False, placed=False, distance=float("nan"))
+    rows = [rows.get(name, dict(unknown, episode=-1 - k)) for k, name in enumerate(names)]
+    labels = np.array([name.startswith("success/") for name in names])
+    final, placed, distance = (np.array([row[key] for row in rows]) for key in ("final", "placed", "distance"))
+    kinds = [final, ~labels & ~placed & (distance <= 0.05), ~labels & placed]
+    kinds.append(~np.any(kinds, axis=0))
+    return names, labels, np.array([row["episode"] for row in rows]), dict(zip(KINDS, kinds)), contract
+
+
+def split_by_episode(labels, episodes, val_split: float, seed: int):
+    """(train, val): indices of frames; no episode is in both."""
+    order, frames = np.unique(episodes, return_counts=True)
+    chosen = np.random.default_rng(seed).permutation(len(order))
+    chosen = chosen[:1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * len(labels))]
+    held_out = np.isin(episodes, order[chosen])
+    if any(len(np.unique(labels[part])) < 2 for part in (held_out, ~held_out)):
+        fail(f"too few frames to split: {labels.sum()} successes and {(~labels).sum()} failures in {len(order)} episodes with "
+             f"--val-split {val_split} leave a class missing on one side; collect more")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def load_frames(folder: str, files, size: int, model, progress: str):
+    """Decode this rank's PNG files once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU.
+
+    Every file must be a whole PNG of `size` x `size`; headers are checked before memory is taken.
+    """
+    def decode(file):
+        try:
+            with Image.open(Path(folder, file), formats=["PNG"]) as image:
+                if image.size != (size, size):
+                    return f"{Path(folder, file)} is {image.width}x{image.height} and metadata.json says {size}x{size}"
+                return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{Path(folder, file)} is not a whole PNG ({str(error)[:80]})"
+
+    frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
+    problem = None
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc=progress, unit="frame", disable=RANK > 0) as bar:
+        for k in range(0, len(files), 256):
+            chunk = list(pool.map(decode, files[k:k + 256]))
+            problem = next((frame for frame in chunk if isinstance(frame, str)), None)
+            if problem:
+                break
+            frames[k:k + 256] = model.scale(torch.from_numpy(np.stack(chunk)))
+            bar.update(len(chunk))
+    problem = next((p for p in gather_all(problem) if p), None)
+    if problem:
+        fail(f"{problem}; remove it and its row of index.csv")
+    return frames
+
+
+# ---------------------------------------------------------------------------------------------- reports
+
+def score(probs, labels, kinds: dict, threshold: float) -> dict:
+    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and for each kind of frame.
+
+    precision, recall and the like are null where they are 0 / 0; threshold_995 is the lowest threshold with a precision of at
+    least 99.5 % on these frames.
+    """
+    def ratio(a, b):
+        return float(a / b) if b else None
+
+    said = probs > threshold
+    tp, fp, fn, tn = (int((said == a)[labels == b].sum()) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    order = np.argsort(-probs, kind="stable")
+    precision = np.cumsum(labels[order]) / np.arange(1, len(order) + 1)
+    last = np.flatnonzero((precision >= 0.995) & (np.diff(probs[order], append=-1) < 0))  # equal probs: all or none
+    following = probs[order][min(last[-1] + 1, len(order) - 1)] if len(last) else None
+    values, ranks = np.unique(probs, return_inverse=True)
+    counts = np.bincount(ranks)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[ranks]  # ties share their mean rank
+    pos, neg = labels.sum(), (~labels).sum()
+    result = dict(frames=len(labels), accuracy=ratio(tp + tn, len(labels)), precision=ratio(tp, tp + fp),
+                  recall=ratio(tp, tp + fn), false_positive_rate=ratio(fp, fp + tn),
+                  roc_auc=ratio(ranks[labels].sum() - pos * (pos + 1) / 2, pos * neg),
+                  confusion=dict(true_positive=tp, false_positive=fp, false_negative=fn, true_negative=tn),
+                  threshold=threshold, threshold_995=None if following is None else float(following), kinds={})
+    for kind, mask in kinds.items():
+        failures = mask & ~labels
+        result["kinds"][kind] = dict(frames=int(mask.sum()), accuracy=ratio((said == labels)[mask].sum(), mask.sum()),
+                                     failures=int(failures.sum()),
+                                     false_positive_rate=ratio(said[failures].sum(), failures.sum()))
+    return result
+
+
+def print_report(report: dict):
+    def percent(x):
+        return "     -" if x is None else f"{x:6.1%}"
+
+    c = report["confusion"]
+    print(f"{report['frames']} frames: accuracy {report['accuracy']:.4f}, precision {percent(report['precision'])}, recall "
+          f"{percent(report['recall'])}, false positives {percent(report['false_positive_rate'])}, ROC-AUC "
+          + ("-" if report["roc_auc"] is None else f"{report['roc_auc']:.5f}"))
+    print(f"             says done  says not done     (threshold {report['threshold']})")
+    print(f"  success {c['true_positive']:12} {c['false_negative']:14}")
+    print(f"  failure {c['false_positive']:12} {c['true_negative']:14}")
+    if report["threshold_995"] is not None:
+        print(f"  99.5 % precision from threshold {report['threshold_995']:.4f} on")
+    print("  kind of frame      frames  accuracy  failures  false positives")
+    for kind, k in report["kinds"].items():
+        print(f"  {kind:17} {k['frames']:7}  {percent(k['accuracy']):>8}  {k['failures']:8}  "
+              f"{percent(k['false_positive_rate']):>15}")
+
+
+def draw_mistakes(folder: str, files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
+    """The frames that are most wrong, each with its probability: (H, W, 3) uint8. Green frame: it is a success."""
+    sheet = Image.new("RGB", (columns * size, rows * size), "white")
+    wrong = np.flatnonzero((probs > threshold) != labels)
+    wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
+    for k, i in enumerate(wrong):
+        cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
+        with Image.open(Path(folder, files[i])) as image:
+            cell.paste(image.convert("RGB").resize((size - 6, size - 6)), (3, 3))
+        ImageDraw.Draw(cell).text((8, 6), f"{'success' if labels[i] else 'failure'}, p = {probs[i]:.3f}\n{files[i]}",
+                                  fill="black", font_size=13)
+        sheet.paste(cell, (k % columns * size, k // columns * size))
+    return np.asarray(sheet)
+
+
+def report_on(model, data, idx, frames, args, name: str, writer=None, step: int = 0, **more):
+    """Score `frames`, this rank's share of `idx`, print, and write <save-dir>/report<name>.json and mistakes<name>.png."""
+    files, labels, _, kinds, _ = data
+    probs = join(model.predict(frames))
+    if RANK > 0:
+        return
+    report = score(probs, labels[idx], {kind: mask[idx] for kind, mask in kinds.items()}, args.threshold)
+    print_report(report)
+    picture, png = draw_mistakes(args.data_path, [files[i] for i in idx], probs, labels[idx], args.threshold), io.BytesIO()
+    Image.fromarray(picture).save(png, "PNG")
+    write_file(Path(args.save_dir, f"mistakes{name}.png"), png.getvalue())
+    write_file(Path(args.save_dir, f"report{name}.json"), json.dumps(dict(report, **more), indent=2).encode())
+    if writer:
+        writer.add_image("reward_model/mistakes", picture, step, dataformats="HWC")
+
+
+# ---------------------------------------------------------------------------------------------- ranks and files
+
+def fail(message: str):
+    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
+    if RANK == 0:
+        print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def start_ranks(num_procs: int) -> int:
+    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
+                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)))
+             for r in range(num_procs)]
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            for rank in ranks:
+                rank.kill()
+            return abs(failed[0]) if failed else 0
+        time.sleep(0.1)
+
+
+def on_rank0(function, *arguments):
+    """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
+    result = [None, False]
+    if RANK == 0:
+        try:
+            result = [function(*arguments), True]
+        except OSError as error:
+            print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
+                  "mend that, then resume", file=sys.stderr)
+        except SystemExit:  # fail() has spoken
+            pass
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    if not result[1]:
+        sys.exit(2)
+    return result[0]
+
+
+def all_reduce_sum(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_gradients(parameters):
+    """Average the gradients over the ranks: one all-reduce of one flat tensor."""
+    if WORLD_SIZE > 1:
+        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters])) / WORLD_SIZE
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p.grad))
+
+
+def write_file(path: Path, data: bytes, sync: bool = False):
+    """Write via a temporary file, so that `path` never holds half of it; `sync`: not even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def make_run_dir(args) -> Path:
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
+    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
+    run_dir.mkdir(parents=True)
+    write_file(run_dir / "args.json", json.dumps(dict(asdict(args), command=shlex.join(sys.argv)), indent=2).encode())
+    return run_dir
+
+
+def gather_all(value):
+    """The `value` of every rank, in a list, on every rank."""
+    values = [value]
+    if WORLD_SIZE > 1:
+        values = [None] * WORLD_SIZE
+        dist.all_gather_object(values, value)
+    return values
+
+
+def join(part):
+    """The whole (M,) array of which rank r holds every WORLD_SIZE-th element from r on in the tensor `part`."""
+    parts = gather_all(part.cpu().numpy())
+    whole = np.empty(sum(map(len, parts)), parts[0].dtype)
+    for r, values in enumerate(parts):
+        whole[r::WORLD_SIZE] = values
+    return whole
+
+
+def contract_differences(theirs: dict, ours: dict):
+    """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
+        print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
+              f"{ours.get('mani_skill_version')}", file=sys.stderr)
+    return [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key) and key != "mani_skill_version"]
+
+
+def open_folders(args, run_dir):
+    """Create what is missing of <save-dir> and of the run's folder, and return the latter."""
+    Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+    if run_dir is None or not Path(run_dir).is_dir():
+        run_dir = make_run_dir(args)
+    return str(run_dir)
+
+
+def load_imagenet_weights(model, arch: str):
+    try:
+        weights = torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
+        fail(f"--pretrained: the ImageNet weights could not be downloaded ({error}); train without it")
+    model.resnet.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False)
+
+
+def save_model(path: Path, model, contract: dict, args, more: dict):
+    buffer = io.BytesIO()
+    torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, hidden_dim=args.hidden_dim,
+                    input_size=args.input_size, contract=contract, args=asdict(args), **more), buffer)
+    write_file(path, buffer.getvalue(), sync=True)
+
+
+def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        differing = [f"{name} was {last['fixed'][name]} and is {value}" for name, value in fixed.items()
+                     if last["fixed"][name] != value]
+        if not differing:
+            model.load_state_dict(last["model"])
+            optimizer.load_state_dict(last["optimizer"])
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"--resume: {path} cannot be read ({str(error).strip().partition(chr(10))[0][:100]}); train without --resume")
+    if differing:
+        fail(f"--resume: {path} was trained otherwise: " + "; ".join(differing))
+    return last
+
+
+def check_training_args(args) -> int:
+    """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
+
+    Returns:
+        the number of ranks.
+    """
+    args.cuda = args.cuda and torch.cuda.is_available()
+    if args.bf16 is None:
+        cpuinfo = Path("/proc/cpuinfo")
+        args.bf16 = args.cuda or cpuinfo.exists() and any(f in cpuinfo.read_text() for f in ("avx512_bf16", "amx_bf16"))
+    if args.input_size is None:
+        args.input_size = 224 if args.cuda else 112
+    for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf), ("batch_size", 2, 65536),
+                            ("early_stopping_patience", 1, np.inf), ("num_procs", 1, np.inf), ("threshold", 0, 1),
+                            ("val_split", 0.001, 0.9), ("random_shift", 0, 0.5), ("color_jitter", 0, 0.9), ("lr", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}" if high < np.inf
+                 else f"--{name.replace('_', '-')} must be at least {low}")
+    if "WORLD_SIZE" in os.environ:
+        return WORLD_SIZE
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 1 if args.cuda else args.num_procs or cores
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    num_procs = check_training_args(args)
+    data = files, labels, episodes, kinds, contract = read_index(args.data_path)
+    if num_procs > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(start_ranks(num_procs))
+
+    # Ranks and seeds
+    if args.cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
+    stop_signals = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
+    torch.manual_seed(args.seed)
+
+    if args.evaluate:
+        model, known = load_reward_model(args.evaluate, device)
+        differing = contract_differences(known, contract)
+        if differing:
+            fail(f"{args.evaluate} knows frames made differently from those in {args.data_path}: " + "; ".join(differing))
+        everything = np.arange(len(files))
+        mine = load_frames(args.data_path, files[RANK::WORLD_SIZE], contract["image_size"][1], model, "decoding")
+        report_on(model, data, everything, mine, args, f"_{Path(args.data_path).resolve().name}", checkpoint=args.evaluate)
+        sys.exit(0)
+
+    # Model
+    model = RewardModel(args.arch, args.hidden_dim, args.input_size)
+    if args.pretrained:
+        on_rank0(load_imagenet_weights, model, args.arch)
+    model.to(device, memory_format=torch.channels_last)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+
+    # Data
+    train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
+    size = contract["image_size"][1]
+    train_frames = load_frames(args.data_path, [files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
+    val_frames = load_frames(args.data_path, [files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
+    train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
+    sizes = [len(train_idx), len(val_idx)]
+    steps = max(1, sizes[0] // args.batch_size)
+    if RANK == 0:
+        print(f"{sizes[0]} frames to train on and {sizes[1]} held out, in whole episodes; {WORLD_SIZE} rank(s) on {device}, "
+              f"{steps} steps an epoch")
+
+    # Where an interrupted training stopped
+    state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, run_dir=None)
+    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "seed", "val_split")}
+    fixed["sizes"] = sizes
+    if args.resume:
+        last = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, model, optimizer)
+        state = {name: last[name] for name in state}
+    state["run_dir"] = on_rank0(open_folders, args, state["run_dir"])
+    writer = SummaryWriter(state["run_dir"], purge_step=state["epoch"] + 1) if RANK == 0 else None
+    if WORLD_SIZE > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+    interrupted = False
+    while state["epoch"] < args.epochs and state["epoch"] - state["best_epoch"] < args.early_stopping_patience:
+        epoch, start_time = state["epoch"] + 1, time.time()
+        torch.manual_seed((args.seed * 100_003 + epoch) * 1009 + RANK)  # an epoch is the same whether resumed or not
+
+        # Train
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs)
+        model.train()
+        train_loss = torch.zeros((), device=device)
+        batches = torch.randperm(len(train_frames)).tensor_split(steps)
+        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch}", unit="step", leave=False, disable=RANK > 0)):
+            if step % 10 == 0 and any(gather_all(bool(stop_signals))):
+                interrupted = True
+                break
+            x = augment(train_frames[batch].to(device), args.random_shift, args.color_jitter)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                logits = model(x).float()
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, train_labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(parameters)
+            optimizer.step()
+            train_loss += loss.detach() / steps
+        if interrupted:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
+            break
+        if WORLD_SIZE > 1:
+            for buffer in model.buffers():  # the statistics of batch normalisation
+                buffer.copy_(all_reduce_sum(buffer) / WORLD_SIZE)
+        images_per_s = len(train_idx) / (time.time() - start_time)
+
+        # Validate
+        model.eval()
+        train_loss = all_reduce_sum(train_loss).item() / WORLD_SIZE
+        probs = torch.from_numpy(join(model.predict(val_frames)))
+        val_loss = nn.functional.binary_cross_entropy(probs, torch.from_numpy(labels[val_idx]).float()).item()
+        if not np.isfinite([train_loss, val_loss]).all():
+            fail(f"the loss is no longer finite in epoch {epoch}; continue with --resume and a smaller --lr")
+
+        # Checkpoint
+        state |= dict(epoch=epoch, seconds=state["seconds"] + time.time() - start_time)
+        improved = val_loss < state["best_loss"]
+        if improved:
+            state |= dict(best_epoch=epoch, best_loss=val_loss)
+            on_rank0(save_model, Path(args.save_dir, "best_model.pt"), model, contract, args, dict(epoch=epoch))
+        on_rank0(save_model, Path(args.save_dir, "last_model.pt"), model, contract, args,
+                 dict(state, fixed=fixed, optimizer=optimizer.state_dict()))
+
+        # Log
+        if RANK == 0:
+            report = score(probs.numpy(), labels[val_idx], {}, args.threshold)
+            scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss, "charts/images_per_s": images_per_s}
+            for name in ("accuracy", "precision", "recall", "false_positive_rate", "roc_auc"):
+                if report[name] is not None:
+                    scalars[f"reward_model/{name}"] = report[name]
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, epoch)
+            print(f"epoch {epoch}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy {report['accuracy']:.4f}, "
+                  f"{images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min{' *' if improved else ''}", flush=True)
+
+    if interrupted:
+        if RANK == 0:
+            print(f"To go on: {shlex.join(['python', *sys.argv])}{'' if args.resume else ' --resume'}")
+        sys.exit(0)
+    model, _ = load_reward_model(Path(args.save_dir, "best_model.pt"), device)
+    if RANK == 0:
+        print(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
+    report_on(model, data, val_idx, val_frames, args, "", writer, state["epoch"], best_epoch=state["best_epoch"],
+              train_frames=sizes[0], minutes=state["seconds"] / 60)
+    if RANK == 0:
+        writer.close()
+        print(f"{Path(args.save_dir, 'best_model.pt')} is ready for stage 4")
