@@ -70,8 +70,8 @@ class Args:
     """parallel scenes of all ranks together; default: 256 on a GPU, 64 on a CPU"""
     num_steps: int = 50
     """steps of every scene in one rollout"""
-    num_iterations: int = 1000
-    """global steps at most; one is a rollout and its update"""
+    num_iterations: Optional[int] = None
+    """global steps at most; one is a rollout and its update; default: 1000 on a GPU, 500 on a CPU"""
     num_minibatches: Optional[int] = None
     """minibatches in an update epoch; default: 32 on a GPU, 8 on a CPU"""
     update_epochs: int = 8
@@ -79,8 +79,7 @@ class Args:
     learning_rate: Optional[float] = None
     """Adam's step size, at first; default: 3e-4 on a GPU, 1e-3 on a CPU"""
     anneal_lr: Optional[bool] = None
-    """lower the step size in proportion to what is left of the run, and by a third more whenever an update has exceeded
-    --target-kl; default: off on a GPU, on on a CPU"""
+    """lower the step size in proportion to what is left of the run; default: off on a GPU, on on a CPU"""
     gamma: float = 0.8
     """discount factor per step"""
     gae_lambda: float = 0.9
@@ -121,14 +120,15 @@ class Args:
     """what stage 4 may score with this data: frames that end an episode, or every frame (stage 4 must match)"""
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500),
+                        num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
 RATES = ("gamma", "gae_lambda", "sample_rate_success", "sample_rate_fail", "sample_rate_fail_final")
 MAY_BE_ZERO = ("seed",)
 
 
 # ---------------------------------------------------------------------------------------------- environment
 
-CAMERA = dict(pose=[0.6, 0.1, 0.9, 0.07481, 0.41966, 0.03473, -0.90392], fov=0.49)  # position, quaternion wxyz; radians
+CAMERA = dict(pose=[0.7, 0.4, 0.15, 0.25665, -0.01199, -0.00318, -0.96643], fov=0.5)  # position, quaternion wxyz; radians
 
 
 def find_task(env_id: str):
@@ -315,14 +315,18 @@ class PickCubeCPU:
         if offset @ offset > 0.15**2:
             return
         scene = self._scenes[i]
-        cube, fingers = scene["cube_body"], scene["fingers"]
+        cube, fingers, impulses = scene["cube_body"], scene["fingers"], [[], []]
         for contact in scene["px"].get_contacts():
             a, b = contact.bodies
             for f in (0, 1):
-                if (a is fingers[f] and b is cube) or (a is cube and b is fingers[f]):
-                    impulse = sum(point.impulse for point in contact.points)
-                    self._finger_impulse[i, f] += impulse if b is cube else -impulse
-                    self._finger_quat[i, f] = fingers[f].entity_pose.q
+                if a is fingers[f] and b is cube:
+                    impulses[f] += [point.impulse for point in contact.points]
+                elif a is cube and b is fingers[f]:
+                    impulses[f] += [-point.impulse for point in contact.points]
+        for f in (0, 1):
+            if impulses[f]:
+                self._finger_impulse[i, f] = np.add.reduce(impulses[f])
+                self._finger_quat[i, f] = fingers[f].entity_pose.q
 
     def _evaluate(self):
         """PickCube's `evaluate`, with Panda's `is_grasping` and `is_static`."""
@@ -864,6 +868,9 @@ if __name__ == "__main__":
     while global_step < args.num_iterations and not stopping:
         global_step += 1
         iteration_time = time.time()
+        if args.anneal_lr:
+            schedule = optimizer.param_groups[0]
+            schedule["lr"] = schedule["initial_lr"] * (1 - (global_step - 1) / args.num_iterations) * (1 - collector.share())
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
@@ -928,11 +935,6 @@ if __name__ == "__main__":
             mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
             if mean_kl > args.target_kl:
                 break
-        if args.anneal_lr:
-            schedule = optimizer.param_groups[0]
-            if mean_kl > args.target_kl:
-                schedule["initial_lr"] /= 1.5
-            schedule["lr"] = schedule["initial_lr"] * (1 - collector.share())
 
         # Log
         stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)

@@ -69,19 +69,19 @@ class Args:
     hidden_dim: int = 256
     """units of the layer between its features and the logit"""
     input_size: Optional[int] = None
-    """side in pixels to which frames are scaled before the first layer; default: 224 on a GPU, 112 on a CPU"""
+    """side in pixels to which frames are scaled before the first layer; default: 224, or 112 where --bf16 is off"""
     bf16: Optional[bool] = None
     """train in bfloat16 where that is safe; default: on a GPU, and on a CPU that has instructions for it"""
     pretrained: bool = False
     """start from ImageNet weights, downloaded by torchvision"""
 
     # Training
-    epochs: int = 100
-    """passes over the frames at most"""
+    epochs: Optional[int] = None
+    """passes over the frames at most; default: 100 on a GPU, 12 on a CPU"""
     batch_size: int = 64
     """frames of all ranks together in one step"""
-    lr: float = 1e-4
-    """AdamW's step size in the first epoch; it falls linearly, to 0 after the last"""
+    lr: Optional[float] = None
+    """AdamW's step size in the first epoch; it falls linearly, to 0 after the last; default: 1e-4 on a GPU, 1e-3 on a CPU"""
     weight_decay: float = 1e-2
     """AdamW's decoupled weight decay"""
     val_split: float = 0.1
@@ -487,8 +487,10 @@ def check_training_args(args) -> int:
     if args.bf16 is None:
         cpuinfo = Path("/proc/cpuinfo")
         args.bf16 = args.cuda or cpuinfo.exists() and any(f in cpuinfo.read_text() for f in ("avx512_bf16", "amx_bf16"))
-    if args.input_size is None:
-        args.input_size = 224 if args.cuda else 112
+    for name, default in dict(input_size=224 if args.bf16 else 112, epochs=100 if args.cuda else 12,
+                              lr=1e-4 if args.cuda else 1e-3).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf), ("batch_size", 2, 65536),
                             ("early_stopping_patience", 1, np.inf), ("num_procs", 1, np.inf), ("threshold", 0, 1),
                             ("val_split", 0.001, 0.9), ("random_shift", 0, 0.5), ("color_jitter", 0, 0.9), ("lr", 0, 1)):

@@ -1,0 +1,86 @@
+"""Which camera shows whether the cube is at the goal? The same states seen by three cameras.
+
+    python tests/compare_cameras.py cameras.jpg
+
+Writes the picture of successes and near misses side by side, and prints, as medians over both: how many pixels of 224x224 the
+cube and the goal cover, and how many change when the goal moves 2 cm away along the line of sight; and the share of successes
+in which less than 10 pixels of the goal can be seen, so that they look like a cube far from a goal hidden behind the arm.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import sapien
+import torch
+from mani_skill.utils.sapien_utils import look_at
+from PIL import Image, ImageDraw
+from test_env import load_policy
+
+from ppo_collect import CAMERA, PickCubeCPU, make_stock, take_pictures
+
+
+def looking(eye, target, fov):
+    return dict(pose=look_at(eye, target).raw_pose[0].tolist(), fov=fov)
+
+
+CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0, 0.1], np.pi / 2),
+           "ManiSkill's human render camera, 57 degrees": looking([0.6, 0.7, 0.6], [0, 0, 0.35], 1.0),
+           "from above, 28 degrees": looking([0.6, 0.1, 0.9], [0, 0, 0.18], 0.49),
+           "ours, 29 degrees": CAMERA}
+NUM_ENVS, GRASPS, EXAMPLES, SIDE = 24, 120, 4, 200
+
+
+def main(path):
+    envs = PickCubeCPU(NUM_ENVS)
+    studios = [make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu",
+                          dict(camera, width=224, height=224, shader_pack="minimal")).unwrapped for camera in CAMERAS.values()]
+    eyes = [np.array(camera["pose"][:3]) for camera in CAMERAS.values()]
+    policy, pixels, labels = load_policy(), [[] for _ in studios], []
+    torch.manual_seed(0)
+    obs, _ = envs.reset(seed=0)
+    examples = dict(success=[], miss=[])
+    while len(pixels[0]) < GRASPS or min(map(len, examples.values())) < EXAMPLES:
+        with torch.no_grad():
+            obs, _, terminated, truncated, info = envs.step(policy.get_action_and_logprob(obs)[0])
+        distance, done = obs[:, -3:].norm(dim=1), terminated | truncated
+        for i in range(NUM_ENVS):
+            miss = info["is_grasped"][i] and 0.025 < distance[i] < 0.05 and torch.rand(()) < 0.05
+            if not miss and not info["success"][i]:
+                continue
+            pictures = []
+            labels.append(not miss)
+            for studio, eye, counts in zip(studios, eyes, pixels):
+                envs._studio = studio
+                pictures.append(envs.render_frames(torch.tensor([i]))[0].numpy())
+                goal, away = envs._goal_pos[i], envs._goal_pos[i] - eye
+                studio.goal_site._objs[0].pose = sapien.Pose(goal + 0.02 * away / np.linalg.norm(away))
+                moved = take_pictures(studio, True)[0].numpy()
+                r, g, b = pictures[-1].astype(int).transpose(2, 0, 1)
+                counts.append(((((r > 80) & (g < 45) & (b < 45)).sum()), ((g > 80) & (r < 60) & (b < 60)).sum(),
+                               (np.abs(pictures[-1].astype(int) - moved).max(-1) > 30).sum()))
+            shown = examples["miss" if miss else "success"]
+            if len(shown) < EXAMPLES:
+                shown.append((pictures, f"{'near miss' if miss else 'success'}, {100 * distance[i]:.1f} cm"))
+        idx = done.nonzero().squeeze(-1)
+        if len(idx):
+            obs, _ = envs.reset(options=dict(env_idx=idx))
+
+    sheet = Image.new("RGB", (2 * EXAMPLES * SIDE, len(studios) * (SIDE + 24) + 24), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, (pictures, text) in enumerate(examples["success"] + examples["miss"]):
+        draw.text((c * SIDE + 4, 3), text, fill="black", font_size=15)
+        for r, (name, picture) in enumerate(zip(CAMERAS, pictures)):
+            top = 24 + r * (SIDE + 24)
+            draw.text((4, top + 3), name, fill="black", font_size=15)
+            sheet.paste("#2a2" if c < EXAMPLES else "#c33", (c * SIDE, top + 24, (c + 1) * SIDE, top + 24 + SIDE))
+            sheet.paste(Image.fromarray(picture).resize((SIDE - 4, SIDE - 4)), (c * SIDE + 2, top + 26))
+    sheet.save(path, quality=88)
+    for name, counts in zip(CAMERAS, pixels):
+        hidden = np.mean(np.array(counts)[labels, 1] < 10)
+        print(f"{name:45}", "cube {:4.0f}, goal {:4.0f}, changed {:4.0f} pixels;".format(*np.median(counts, axis=0)),
+              f"goal hidden in {hidden:.1%} of the successes")
+    print(f"{sum(labels)} successes and {len(labels) - sum(labels)} near misses")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
