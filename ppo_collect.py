@@ -10,6 +10,7 @@ Writes  data/success/0001.png ..., data/failure/0001.png ...   224x224 RGB, the 
     torchrun --nproc-per-node=8 ppo_collect.py        # eight GPUs
     python ppo_collect.py --resume-dir logs/<run>     # go on where an interrupted run stopped
 """
+import atexit
 import csv
 import gc
 import io
@@ -662,6 +663,15 @@ def make_contract(args) -> dict:
                 mani_skill_version=mani_skill.__version__)
 
 
+def contract_differences(theirs: dict, ours: dict):
+    """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
+        print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
+              f"{ours.get('mani_skill_version')}", file=sys.stderr)
+    return [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key) and key != "mani_skill_version"]
+
+
 class FrameCollector:
     """Chooses frames while the policy trains, photographs them, and has rank 0 file them once per global step.
 
@@ -690,10 +700,9 @@ class FrameCollector:
                 old = dict(json.loads(metadata.read_text()))
             except (ValueError, TypeError):
                 fail(f"{metadata} is not a JSON object; choose another --save-dir")
-            differing = [key for key in contract if old.get(key) != contract[key] and key != "mani_skill_version"]
+            differing = contract_differences(old, contract)
             if differing:
-                fail(f"{self.dir} holds frames made differently; choose another --save-dir, or match: "
-                     + "; ".join(f"{key} is {old.get(key)} there and {contract[key]} here" for key in differing))
+                fail(f"{self.dir} holds frames made differently; choose another --save-dir, or match: " + "; ".join(differing))
         elif any(self.dir.glob("*/*.png")):
             fail(f"{self.dir} holds frames but no metadata.json that says how they were made; choose another --save-dir")
         else:
@@ -800,6 +809,7 @@ if __name__ == "__main__":
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

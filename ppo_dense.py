@@ -7,6 +7,7 @@ Writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, ch
     python ppo_dense.py --resume-dir logs/<run>       # go on where an interrupted run stopped
     python ppo_dense.py --resume-dir logs/<run> --evaluate
 """
+import atexit
 import gc
 import io
 import json
@@ -640,6 +641,7 @@ if __name__ == "__main__":
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

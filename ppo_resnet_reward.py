@@ -10,6 +10,7 @@ Writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, vid
 
 The reward is the function `resnet_reward`. The simulator's own verdict is used to end episodes and to audit the ResNet.
 """
+import atexit
 import csv
 import gc
 import io
@@ -799,6 +800,7 @@ if __name__ == "__main__":
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

@@ -12,6 +12,7 @@ Writes  reward_checkpoints/best_model.pt    the model with the lowest loss on he
     python train_reward_resnet.py --resume            # go on where an interrupted training stopped
     python train_reward_resnet.py --evaluate reward_checkpoints/best_model.pt --data-path other_data
 """
+import atexit
 import csv
 import io
 import json
@@ -520,6 +521,7 @@ if __name__ == "__main__":
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

@@ -144,7 +144,7 @@ def all_cores(num_envs, rounds):
           f"PickCubeCPU is {np.median(np.divide(ours, theirs)):.1f}x as fast")
 
 
-def rendering(size=224, frames=40):
+def rendering(size, frames=40):
     import sapien
 
     camera = dict(ppo_collect.CAMERA, width=size, height=size, shader_pack="minimal")
@@ -191,4 +191,5 @@ if __name__ == "__main__":
         one_core(options.num_envs, options.rounds, trained)
     all_cores(options.num_envs, max(1, options.rounds // 2))
     if not options.no_render:
-        rendering()
+        for size in (224, 112):
+            rendering(size)

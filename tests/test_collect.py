@@ -309,16 +309,21 @@ def test_no_vulkan_device(tmp_path):
 
 
 def test_full_disk(tmp_path):
-    """What was written before stays whole. A limit on the size of files stands in for a full disk: both raise OSError."""
-    limit = ("import resource, signal, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; "
-             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", limit, str(ROOT / "ppo_collect.py"), *SMALL, "--num-procs", "1",
-                             "--num-envs", "2", "--num-minibatches", "2", "--sample-rate-fail", "1"],
-                            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    """A real full disk: 300 KiB of tmpfs, mounted in a namespace of its own. What was written before stays whole."""
+    script = (f"mount -t tmpfs -o size=300k tmpfs {tmp_path}/disk && cd {tmp_path}/disk && "
+              f"{sys.executable} {ROOT}/ppo_collect.py {' '.join(SMALL)} --num-procs 1 --num-envs 2 --num-minibatches 2 "
+              f"--sample-rate-fail 1 --log-dir {tmp_path}/logs; code=$?; cp -r data {tmp_path}/data; exit $code")
+    (tmp_path / "disk").mkdir()
+    result = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True,
+                            text=True, timeout=300)
     assert result.returncode == 2, result.stderr
-    assert "File too large" in result.stderr and "Traceback" not in result.stderr
-    assert (tmp_path / "data/metadata.json").exists() and not list(tmp_path.glob("data/*/*.png"))
+    assert "No space left on device; what was written before is whole" in result.stderr and "Traceback" not in result.stderr
+    frames = sorted((tmp_path / "data/failure").glob("*.png"))
+    assert len(frames) >= 3 and json.loads((tmp_path / "data/metadata.json").read_text())["env_id"] == "PickCube-v1"
+    for frame in frames:
+        with Image.open(frame) as image:
+            image.load()
+            assert image.size == (224, 224) and json.loads(image.text["row"])["label"] == "failure"
 
 
 def test_help_names_every_flag():

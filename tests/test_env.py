@@ -133,6 +133,7 @@ def test_partial_resets_leave_the_others_alone():
 
 @pytest.mark.parametrize("show_goal_site", [True, False])
 def test_frames_equal_the_stock_cameras(show_goal_site):
+    torch.manual_seed(0)
     pair = Pair(2, 11, camera=CAMERA, show_goal_site=show_goal_site)
     photographer = make_stock(render_backend="cpu", human_render_camera_configs=dict(render_camera=CAMERA))
     stock = StockEnvs(photographer, show_goal_site)
@@ -145,9 +146,9 @@ def test_frames_equal_the_stock_cameras(show_goal_site):
         if t % 6 == 0:
             frames = pair.envs.render_frames(torch.tensor([1, 0]))
             assert frames.shape == (2, 224, 224, 3) and frames.dtype == torch.uint8
-            # The joints' last bit is lost when the studio is posed: one grey level in a pixel or two.
+            # The joints' last bit is lost when the studio is posed: a pixel or two on the edges of the robot may differ.
             difference = (frames[1].int() - stock.render_frames(torch.tensor([0]))[0].int()).abs()
-            assert (difference.amax(-1) > 0).sum() <= 10 and difference.max() <= 16
+            assert (difference.amax(-1) > 1).sum() <= 3 and (difference.amax(-1) > 0).sum() <= 10
             assert not torch.equal(frames[0], frames[1])
             r, g, b = frames[1].int().unbind(-1)
             greens.append(((g > 100) & (r < 80) & (b < 80)).sum().item())

@@ -17,7 +17,7 @@ import train_reward_resnet
 from ppo_collect import Args, FrameCollector, PickCubeCPU, make_contract
 from train_reward_resnet import augment, load_reward_model, read_index, score, split_by_episode
 
-SMALL = ["--input-size", "64", "--batch-size", "8", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
+SMALL = ["--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
 
 def start(cwd, *args):
@@ -34,8 +34,8 @@ def run(cwd, *args, code=0):
 
 @pytest.fixture(scope="session")
 def frames(tmp_path_factory):
-    """48 successes of the trained policy, and 48 frames with the cube more than 10 cm from the goal."""
-    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=48, target_failure=48)
+    """64 successes of the trained policy, and 64 frames with the cube more than 10 cm from the goal."""
+    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=64, target_failure=64)
     collector, policy = FrameCollector(args, make_contract(args)), load_policy()
     torch.manual_seed(0)
     envs = PickCubeCPU(16, camera=CAMERA)
@@ -48,7 +48,7 @@ def frames(tmp_path_factory):
         done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
         info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
         step += 1
-        if len(collector.pending) < 150:
+        if len(collector.pending) < 200:
             collector.photograph(envs, obs, info, done, episode=episode, step=step, global_step=1, env_steps=0)
         if done.any():
             idx = done.nonzero().squeeze(-1)
@@ -67,7 +67,7 @@ def data(frames, tmp_path):
 
 def test_learns_easy_frames(data, tmp_path):
     """Far failures against successes: all of the held-out frames are right after seconds; the contract travels."""
-    out, _ = run(tmp_path, "--epochs", "15")
+    out, _ = run(tmp_path, "--epochs", "30")
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
     assert report["accuracy"] == 1.0 and report["roc_auc"] == 1.0, out
     assert report["confusion"]["true_positive"] >= 4 and report["confusion"]["true_negative"] >= 4
@@ -79,14 +79,14 @@ def test_learns_easy_frames(data, tmp_path):
     for label in ("success", "failure"):
         pictures = [np.asarray(Image.open(f)) for f in sorted((data / label).iterdir())]
         probs = model.predict(torch.from_numpy(np.stack(pictures)))
-        assert probs.shape == (48,) and ((probs > 0.5) == (label == "success")).float().mean() > 0.95
+        assert probs.shape == (64,) and ((probs > 0.5) == (label == "success")).float().mean() > 0.95
     assert list(tmp_path.glob("logs/*-train_reward_resnet/events*")) and list(tmp_path.glob("logs/*/args.json"))
 
     # The same checkpoint on another folder, and on one whose frames were made otherwise
     shutil.copytree(data, tmp_path / "other")
     out, _ = run(tmp_path, "--evaluate", "reward_checkpoints/best_model.pt", "--data-path", "other")
     report = json.loads((tmp_path / "reward_checkpoints/report_other.json").read_text())
-    assert report["frames"] == 96 and report["accuracy"] > 0.95
+    assert report["frames"] == 128 and report["accuracy"] > 0.95
     (tmp_path / "other/metadata.json").write_text(json.dumps(dict(contract, control_mode="pd_ee_delta_pose", shader="rt")))
     _, err = run(tmp_path, "--evaluate", "reward_checkpoints/best_model.pt", "--data-path", "other", code=2)
     assert "control_mode is pd_joint_delta_pos there and pd_ee_delta_pose here" in err and "shader is minimal there" in err
@@ -114,20 +114,20 @@ def test_resumed_training_gives_the_same_weights(data, tmp_path):
 
 
 def test_two_ranks_learn_too(data, tmp_path):
-    out, _ = run(tmp_path, "--epochs", "12", "--num-procs", "2")
+    out, _ = run(tmp_path, "--epochs", "30", "--num-procs", "2")
     assert "2 rank(s)" in out
     assert json.loads((tmp_path / "reward_checkpoints/report.json").read_text())["accuracy"] >= 0.95
 
 
 def test_split_keeps_episodes_together(data):
     _, labels, episodes, kinds, _ = read_index(str(data))
-    assert kinds["ends an episode"].sum() >= 48 and len(episodes) == 96
+    assert kinds["ends an episode"].sum() >= 64 and len(episodes) == 128
     sides = set()
     for seed in range(20):
         train, val = split_by_episode(labels, episodes, 0.2, seed)
-        assert sorted([*train, *val]) == list(range(96))
+        assert sorted([*train, *val]) == list(range(128))
         assert not set(episodes[train]) & set(episodes[val])
-        assert 19 <= len(val) <= 30
+        assert 26 <= len(val) <= 38
         sides.add(tuple(val))
     assert len(sides) == 20
     assert np.array_equal(split_by_episode(labels, episodes, 0.2, 3)[1], split_by_episode(labels, episodes, 0.2, 3)[1])
