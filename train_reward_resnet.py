@@ -55,8 +55,8 @@ class Args:
     """ranks to start on a CPU; default: one a core (a GPU run is one process; for more use torchrun)"""
     log_dir: str = "logs"
     """parent of the runs' folders"""
-    data_path: str = "data"
-    """folder of the frames"""
+    data_path: tuple[str, ...] = ("data",)
+    """folders of the frames, one or more"""
     save_dir: str = "reward_checkpoints"
     """folder of the checkpoints and reports"""
     resume: bool = False
@@ -156,16 +156,28 @@ LABELS = ("success", "failure")
 KINDS = ("ends an episode", "near miss", "ambiguous", "other")
 
 
-def read_index(data_path: str):
-    """What is in a folder of frames, without opening one.
+def read_data(data_path):
+    """What is in the folders of frames, without opening one.
 
     Returns:
-        files: paths relative to the folder, successes first; labels: (M,) bool, True is success;
+        files: paths; labels: (M,) bool, True is success;
         episodes: (M,) int64, a frame without a row in index.csv is an episode of its own;
         kinds: {kind: (M,) bool}, from index.csv: the frames that end an episode; failures with the cube 2.5 to 5 cm from the
-        goal; failures with the cube at the goal and the robot still moving; the rest; contract: metadata.json.
+        goal; failures with the cube at the goal and the robot still moving; the rest;
+        contract: metadata.json, the same in all folders.
     """
-    folder = Path(data_path)
+    files, labels, episodes, kinds, contracts = zip(*(read_folder(Path(folder)) for folder in data_path))
+    for folder, contract in zip(data_path, contracts):
+        differing = contract_differences(contracts[0], contract) if contract is not contracts[0] else []
+        if differing:
+            fail(f"the frames in {folder} were made differently from those in {data_path[0]}: " + "; ".join(differing))
+    episodes = [list(zip([k] * len(part), part)) for k, part in enumerate(episodes)]
+    _, episodes = np.unique(np.concatenate(episodes), axis=0, return_inverse=True)
+    kinds = {kind: np.concatenate([part[kind] for part in kinds]) for kind in KINDS}
+    return sum(files, []), np.concatenate(labels), episodes.flatten(), kinds, contracts[0]
+
+
+def read_folder(folder: Path):
     try:
         contract = dict(json.loads((folder / "metadata.json").read_text()))
         channels, height, width = contract["image_size"]
@@ -204,7 +216,8 @@ def read_index(data_path: str):
     final, placed, distance = (np.array([row[key] for row in rows]) for key in ("final", "placed", "distance"))
     kinds = [final, ~labels & ~placed & (distance <= 0.05), ~labels & placed]
     kinds.append(~np.any(kinds, axis=0))
-    return names, labels, np.array([row["episode"] for row in rows]), dict(zip(KINDS, kinds)), contract
+    episodes = np.array([row["episode"] for row in rows])
+    return [str(folder / name) for name in names], labels, episodes, dict(zip(KINDS, kinds)), contract
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
@@ -219,19 +232,19 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def load_frames(folder: str, files, size: int, model, progress: str):
+def load_frames(files, size: int, model, progress: str):
     """Decode this rank's PNG files once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU.
 
     Every file must be a whole PNG of `size` x `size`; headers are checked before memory is taken.
     """
     def decode(file):
         try:
-            with Image.open(Path(folder, file), formats=["PNG"]) as image:
+            with Image.open(file, formats=["PNG"]) as image:
                 if image.size != (size, size):
-                    return f"{Path(folder, file)} is {image.width}x{image.height} and metadata.json says {size}x{size}"
+                    return f"{file} is {image.width}x{image.height} and metadata.json says {size}x{size}"
                 return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{Path(folder, file)} is not a whole PNG ({str(error)[:80]})"
+            return f"{file} is not a whole PNG ({str(error)[:80]})"
 
     frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
     problem = None
@@ -302,14 +315,14 @@ def print_report(report: dict):
               f"{percent(k['false_positive_rate']):>15}")
 
 
-def draw_mistakes(folder: str, files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
+def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
     """The frames that are most wrong, each with its probability: (H, W, 3) uint8. Green frame: it is a success."""
     sheet = Image.new("RGB", (columns * size, rows * size), "white")
     wrong = np.flatnonzero((probs > threshold) != labels)
     wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
     for k, i in enumerate(wrong):
         cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
-        with Image.open(Path(folder, files[i])) as image:
+        with Image.open(files[i]) as image:
             cell.paste(image.convert("RGB").resize((size - 6, size - 6)), (3, 3))
         ImageDraw.Draw(cell).text((8, 6), f"{'success' if labels[i] else 'failure'}, p = {probs[i]:.3f}\n{files[i]}",
                                   fill="black", font_size=13)
@@ -325,7 +338,7 @@ def report_on(model, data, idx, frames, args, name: str, writer=None, step: int 
         return
     report = score(probs, labels[idx], {kind: mask[idx] for kind, mask in kinds.items()}, args.threshold)
     print_report(report)
-    picture, png = draw_mistakes(args.data_path, [files[i] for i in idx], probs, labels[idx], args.threshold), io.BytesIO()
+    picture, png = draw_mistakes([files[i] for i in idx], probs, labels[idx], args.threshold), io.BytesIO()
     Image.fromarray(picture).save(png, "PNG")
     write_file(Path(args.save_dir, f"mistakes{name}.png"), png.getvalue())
     write_file(Path(args.save_dir, f"report{name}.json"), json.dumps(dict(report, **more), indent=2).encode())
@@ -508,7 +521,7 @@ def check_training_args(args) -> int:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     num_procs = check_training_args(args)
-    data = files, labels, episodes, kinds, contract = read_index(args.data_path)
+    data = files, labels, episodes, kinds, contract = read_data(args.data_path)
     if num_procs > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(start_ranks(num_procs))
 
@@ -531,10 +544,10 @@ if __name__ == "__main__":
         model, known = load_reward_model(args.evaluate, device)
         differing = contract_differences(known, contract)
         if differing:
-            fail(f"{args.evaluate} knows frames made differently from those in {args.data_path}: " + "; ".join(differing))
+            fail(f"{args.evaluate} knows frames made differently from those in {args.data_path[0]}: " + "; ".join(differing))
         everything = np.arange(len(files))
-        mine = load_frames(args.data_path, files[RANK::WORLD_SIZE], contract["image_size"][1], model, "decoding")
-        report_on(model, data, everything, mine, args, f"_{Path(args.data_path).resolve().name}", checkpoint=args.evaluate)
+        mine = load_frames(files[RANK::WORLD_SIZE], contract["image_size"][1], model, "decoding")
+        report_on(model, data, everything, mine, args, f"_{Path(args.data_path[0]).resolve().name}", checkpoint=args.evaluate)
         sys.exit(0)
 
     # Model
@@ -548,8 +561,8 @@ if __name__ == "__main__":
     # Data
     train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
     size = contract["image_size"][1]
-    train_frames = load_frames(args.data_path, [files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
-    val_frames = load_frames(args.data_path, [files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
+    train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
+    val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
     sizes = [len(train_idx), len(val_idx)]
     steps = max(1, sizes[0] // args.batch_size)

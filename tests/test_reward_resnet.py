@@ -15,7 +15,7 @@ from test_env import CAMERA, ROOT, load_policy
 
 import train_reward_resnet
 from ppo_collect import Args, FrameCollector, PickCubeCPU, make_contract
-from train_reward_resnet import augment, load_reward_model, read_index, score, split_by_episode
+from train_reward_resnet import augment, load_reward_model, read_data, score, split_by_episode
 
 SMALL = ["--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
@@ -120,7 +120,7 @@ def test_two_ranks_learn_too(data, tmp_path):
 
 
 def test_split_keeps_episodes_together(data):
-    _, labels, episodes, kinds, _ = read_index(str(data))
+    _, labels, episodes, kinds, _ = read_data([str(data)])
     assert kinds["ends an episode"].sum() >= 64 and len(episodes) == 128
     sides = set()
     for seed in range(20):
@@ -131,6 +131,20 @@ def test_split_keeps_episodes_together(data):
         sides.add(tuple(val))
     assert len(sides) == 20
     assert np.array_equal(split_by_episode(labels, episodes, 0.2, 3)[1], split_by_episode(labels, episodes, 0.2, 3)[1])
+
+
+def test_several_folders(data, tmp_path):
+    """Their episodes stay apart even where they have the same numbers; contracts must agree."""
+    shutil.copytree(data, tmp_path / "other")
+    files, labels, episodes, kinds, _ = read_data([str(data), str(tmp_path / "other")])
+    _, _, one, one_kinds, _ = read_data([str(data)])
+    assert len(files) == 256 and labels.sum() == 128 and files[128] == str(tmp_path / "other/success/0001.png")
+    assert len(set(episodes)) == 2 * len(set(one)) and not set(episodes[:128]) & set(episodes[128:])
+    assert all(kinds[kind].sum() == 2 * one_kinds[kind].sum() for kind in kinds)
+    contract = json.loads((data / "metadata.json").read_text())
+    (tmp_path / "other/metadata.json").write_text(json.dumps(dict(contract, robot="xarm6")))
+    _, err = run(tmp_path, "--data-path", "data", "other", code=2)
+    assert "robot is panda there and xarm6 here" in err.splitlines()[-1]
 
 
 def test_scores():
