@@ -905,7 +905,7 @@ if __name__ == "__main__":
                 mistakes.append((frames[k].cpu().numpy(), row))
 
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            terminal[step] = done & terminated & (args.reward_mode == "replace")
+            terminal[step] = terminated & (args.reward_mode == "replace" and not args.ignore_terminations)
             episode_return += reward
             if len(done_idx):
                 finished += torch.stack([done, episode_once & done, episode_len * done, episode_return * done]).sum(1)
