@@ -324,8 +324,8 @@ def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows
         cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
         with Image.open(files[i]) as image:
             cell.paste(image.convert("RGB").resize((size - 6, size - 6)), (3, 3))
-        ImageDraw.Draw(cell).text((8, 6), f"{'success' if labels[i] else 'failure'}, p = {probs[i]:.3f}\n{files[i]}",
-                                  fill="black", font_size=13)
+        text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
+        ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
         sheet.paste(cell, (k % columns * size, k // columns * size))
     return np.asarray(sheet)
 
