@@ -70,7 +70,7 @@ class Args:
 
     # PPO
     num_envs: Optional[int] = None
-    """parallel scenes of all ranks together; default: 1024 on a GPU, 256 on a CPU"""
+    """parallel scenes of all ranks together; default: 256"""
     num_steps: int = 50
     """steps of every scene in one rollout"""
     num_iterations: int = 1000
@@ -127,7 +127,7 @@ class Args:
     """folder for the frames that the ResNet got wrong, laid out as stage 1's: train on both with --data-path data <folder>"""
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(1024, 256), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 256), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
 RATES = ("gamma", "gae_lambda", "threshold")
 MAY_BE_ZERO = ("seed", "critic_warmup")
 

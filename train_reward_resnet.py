@@ -166,6 +166,8 @@ def read_data(data_path):
         goal; failures with the cube at the goal and the robot still moving; the rest;
         contract: metadata.json, the same in all folders.
     """
+    if not data_path:
+        fail("--data-path names no folder")
     files, labels, episodes, kinds, contracts = zip(*(read_folder(Path(folder)) for folder in data_path))
     for folder, contract in zip(data_path, contracts):
         differing = contract_differences(contracts[0], contract) if contract is not contracts[0] else []
