@@ -12,6 +12,7 @@ Writes  data/success/0001.png ..., data/failure/0001.png ...   224x224 RGB, the 
 """
 import atexit
 import csv
+import ctypes
 import gc
 import io
 import json
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun or start_ranks
+LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same when torchrun starts its ranks anew
 
 
 @dataclass
@@ -411,19 +413,40 @@ def mlp(inputs: int, outputs: int, std: float):
 
 
 class Agent(nn.Module):
-    """A Gaussian policy whose standard deviation does not depend on the state, and a separate value network."""
+    """A Gaussian policy whose standard deviation does not depend on the state, and a separate value network.
+
+    Both see observations brought to mean 0 and standard deviation 1 over all that the agent has ever been trained on.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
+        self.register_buffer("obs_sums", torch.zeros((3, obs_dim), dtype=torch.float64))  # of 1, x and x squared
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
         self.critic = mlp(obs_dim, 1, std=1.0)
         self.actor_mean = mlp(obs_dim, action_dim, std=0.01 * 2**0.5)
         self.actor_logstd = nn.Parameter(torch.full((1, action_dim), -1.0))
 
+    @torch.no_grad()
+    def update_normalization(self, obs):
+        """Collective: count `obs` (num_steps, num_envs, obs_dim) of every rank into the mean and standard deviation."""
+        x = obs.flatten(0, 1).double()
+        self.obs_sums += all_reduce_sum(torch.stack([torch.ones_like(x).sum(0), x.sum(0), (x * x).sum(0)]))
+        mean, square = self.obs_sums[1:] / self.obs_sums[0]
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_((square - mean * mean).clamp(min=1e-4).sqrt())  # at least 0.01: some never change
+
+    def normalize(self, x):
+        return ((x - self.obs_mean) / self.obs_std).clamp(-10, 10)
+
     def get_value(self, x):
-        return self.critic(x).squeeze(-1)
+        return self.critic(self.normalize(x)).squeeze(-1)
+
+    def get_mean_action(self, x):
+        return self.actor_mean(self.normalize(x))
 
     def get_action_and_logprob(self, x, action=None):
-        mean = self.actor_mean(x)
+        mean = self.get_mean_action(x)
         probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
         if action is None:
             action = probs.sample()
@@ -458,7 +481,7 @@ def evaluate(agent, envs, num_videos: int = 0):
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
     video = []
     for _ in range(envs.max_episode_steps):
-        obs, reward, _, _, info = envs.step(agent.actor_mean(obs))
+        obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
         episode_len += ~once
         episode_return += reward * ~once
         once |= info["success"]
@@ -491,14 +514,20 @@ def fail(message: str):
     sys.exit(2)
 
 
+def die_with_parent():
+    """Called in a new rank: when the process that started it is killed, so is the rank (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
 def start_ranks(num_procs: int) -> int:
     """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
                    WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
-    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)))
-             for r in range(num_procs)]
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                              preexec_fn=die_with_parent) for r in range(num_procs)]
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
     while True:
@@ -558,8 +587,18 @@ def make_run_dir(args) -> Path:
     """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
     run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
     run_dir.mkdir(parents=True)
-    write_file(run_dir / "args.json", json.dumps(dict(asdict(args), command=shlex.join(sys.argv)), indent=2).encode())
+    write_file(run_dir / "args.json",
+               json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
     return run_dir
+
+
+def restarted_run(args) -> Optional[str]:
+    """After `torchrun --max-restarts` has started the ranks anew: the folder of the run that they had begun; else None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        for file in sorted(Path(args.log_dir).glob("*/args.json"), reverse=True):
+            if json.loads(file.read_text()).get("launcher") == LAUNCHER and any(file.parent.glob("checkpoints/*/*.pt")):
+                return str(file.parent)
+    return None
 
 
 def save_checkpoint(run_dir: Path, agent, optimizer, global_step: int, env_steps: int, args):
@@ -797,6 +836,7 @@ class FrameCollector:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     num_procs = check_args(args)
+    args.resume_dir = restarted_run(args) or args.resume_dir
     checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)
     if num_procs > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(start_ranks(num_procs))
@@ -815,14 +855,16 @@ if __name__ == "__main__":
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))
     continued = checkpoint is not None and checkpoint["script"] == SCRIPT
     global_step, env_steps = (checkpoint["global_step"], checkpoint["env_steps"]) if continued else (0, 0)
-    seed = args.seed + 1000 * global_step + RANK  # a continued run must not repeat the episodes it began with
+
+    # Frames, and seeds: neither a continued run nor one that adds to a folder may repeat the episodes that are in it
+    contract = make_contract(args)
+    collector = None if args.evaluate else FrameCollector(args, contract)
+    seed = args.seed + 1000 * (global_step + (collector.first_episode if collector else 0)) + RANK
     random.seed(seed)
     torch.manual_seed(seed)
 
-    # Scenes and frames
-    contract = make_contract(args)
+    # Scenes
     camera = dict(contract["camera"], width=args.image_size, height=args.image_size, shader_pack=contract["shader"])
-    collector = None if args.evaluate else FrameCollector(args, contract)
     eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, camera if args.capture_video else None, args.show_goal_site)
     envs = eval_envs if args.evaluate else make_envs(args, args.num_envs // WORLD_SIZE, camera, args.show_goal_site)
     device, num_envs = envs.device, envs.num_envs
@@ -945,6 +987,8 @@ if __name__ == "__main__":
             mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
             if mean_kl > args.target_kl:
                 break
+
+        agent.update_normalization(obs)
 
         # Log
         stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)

@@ -12,6 +12,8 @@ The reward is the function `resnet_reward`. The simulator's own verdict is used 
 """
 import atexit
 import csv
+import ctypes
+import functools
 import gc
 import io
 import json
@@ -43,6 +45,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun or start_ranks
+LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same when torchrun starts its ranks anew
 
 
 @dataclass
@@ -430,19 +433,40 @@ def mlp(inputs: int, outputs: int, std: float):
 
 
 class Agent(nn.Module):
-    """A Gaussian policy whose standard deviation does not depend on the state, and a separate value network."""
+    """A Gaussian policy whose standard deviation does not depend on the state, and a separate value network.
+
+    Both see observations brought to mean 0 and standard deviation 1 over all that the agent has ever been trained on.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
+        self.register_buffer("obs_sums", torch.zeros((3, obs_dim), dtype=torch.float64))  # of 1, x and x squared
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
         self.critic = mlp(obs_dim, 1, std=1.0)
         self.actor_mean = mlp(obs_dim, action_dim, std=0.01 * 2**0.5)
         self.actor_logstd = nn.Parameter(torch.full((1, action_dim), -1.0))
 
+    @torch.no_grad()
+    def update_normalization(self, obs):
+        """Collective: count `obs` (num_steps, num_envs, obs_dim) of every rank into the mean and standard deviation."""
+        x = obs.flatten(0, 1).double()
+        self.obs_sums += all_reduce_sum(torch.stack([torch.ones_like(x).sum(0), x.sum(0), (x * x).sum(0)]))
+        mean, square = self.obs_sums[1:] / self.obs_sums[0]
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_((square - mean * mean).clamp(min=1e-4).sqrt())  # at least 0.01: some never change
+
+    def normalize(self, x):
+        return ((x - self.obs_mean) / self.obs_std).clamp(-10, 10)
+
     def get_value(self, x):
-        return self.critic(x).squeeze(-1)
+        return self.critic(self.normalize(x)).squeeze(-1)
+
+    def get_mean_action(self, x):
+        return self.actor_mean(self.normalize(x))
 
     def get_action_and_logprob(self, x, action=None):
-        mean = self.actor_mean(x)
+        mean = self.get_mean_action(x)
         probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
         if action is None:
             action = probs.sample()
@@ -477,7 +501,7 @@ def evaluate(agent, envs, num_videos: int = 0):
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
     video = []
     for _ in range(envs.max_episode_steps):
-        obs, reward, _, _, info = envs.step(agent.actor_mean(obs))
+        obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
         episode_len += ~once
         episode_return += reward * ~once
         once |= info["success"]
@@ -502,6 +526,13 @@ def save_video(run_dir: Path, writer, video, global_step: int):
 
 
 # ---------------------------------------------------------------------------------------------- reward
+
+@functools.cache
+def fast_bf16(device_type: str) -> bool:
+    """Whether the device has instructions for bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return device_type == "cuda" or cpuinfo.exists() and any(f in cpuinfo.read_text() for f in ("avx512_bf16", "amx_bf16"))
+
 
 class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done."""
@@ -528,7 +559,8 @@ class RewardModel(nn.Module):
     def predict(self, frames, batch_size: int = 64):
         """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
-        return torch.cat([self(self.scale(f.to(device))).sigmoid() for f in frames.split(batch_size)])
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
+            return torch.cat([self(self.scale(f.to(device))).float().sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
@@ -589,22 +621,40 @@ def contract_differences(theirs: dict, ours: dict):
 
 
 def file_mistakes(folder: str, contract: dict, gathered):
-    """Add frames to <folder>/success and /failure, with metadata.json and index.csv, laid out as by ppo_collect.py."""
+    """Add frames to <folder>/success and /failure, with metadata.json and index.csv, laid out as by ppo_collect.py.
+
+    The table is written before its pictures, and rows without a picture are dropped the next time: whenever this is cut short,
+    every picture has its row.
+    """
     metadata, index = Path(folder, "metadata.json"), Path(folder, "index.csv")
+    for label in LABELS:
+        Path(folder, label).mkdir(parents=True, exist_ok=True)
     if not metadata.exists():
-        metadata.parent.mkdir(parents=True, exist_ok=True)
         write_file(metadata, json.dumps(contract, indent=2).encode())
-        write_file(index, (",".join(COLUMNS) + "\n").encode())
+    try:
+        differing = contract_differences(json.loads(metadata.read_text()), contract)
+        rows = list(csv.DictReader(io.StringIO(index.read_text()))) if index.exists() else []
+        rows = [row for row in rows if Path(folder, row["file"]).exists()]
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        fail(f"--save-mistakes {folder}: its metadata.json or index.csv is damaged ({error}); choose another folder")
+    if differing:
+        fail(f"--save-mistakes {folder} holds frames made differently; choose another folder: " + "; ".join(differing))
+    numbers = {label: max((int(f.stem) for f in Path(folder, label).glob("*.png") if f.stem.isdigit()), default=0)
+               for label in LABELS}
+    new = []
     for frame, row in (mistake for mistakes in gathered for mistake in mistakes):
-        files = Path(folder, row["label"])
-        files.mkdir(exist_ok=True)
-        number = max((int(f.stem) for f in files.glob("*.png") if f.stem.isdigit()), default=0) + 1
-        row, text, png = dict(row, file=f"{row['label']}/{number:04d}.png"), PngInfo(), io.BytesIO()
+        numbers[row["label"]] += 1
+        new.append((frame, dict(row, file=f"{row['label']}/{numbers[row['label']]:04d}.png")))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, restval="", lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows + [row for _, row in new])
+    write_file(index, table.getvalue().encode())
+    for frame, row in new:
+        text, png = PngInfo(), io.BytesIO()
         text.add_text("row", json.dumps(row))
         Image.fromarray(frame).save(png, "PNG", pnginfo=text, compress_level=1)
         write_file(Path(folder, row["file"]), png.getvalue())
-        with open(index, "a") as f:
-            csv.DictWriter(f, COLUMNS, restval="", lineterminator="\n").writerow(row)
 
 
 # ---------------------------------------------------------------------------------------------- ranks and files
@@ -616,14 +666,20 @@ def fail(message: str):
     sys.exit(2)
 
 
+def die_with_parent():
+    """Called in a new rank: when the process that started it is killed, so is the rank (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
 def start_ranks(num_procs: int) -> int:
     """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
                    WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
-    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)))
-             for r in range(num_procs)]
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                              preexec_fn=die_with_parent) for r in range(num_procs)]
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
     while True:
@@ -692,8 +748,18 @@ def make_run_dir(args) -> Path:
     """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
     run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
     run_dir.mkdir(parents=True)
-    write_file(run_dir / "args.json", json.dumps(dict(asdict(args), command=shlex.join(sys.argv)), indent=2).encode())
+    write_file(run_dir / "args.json",
+               json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
     return run_dir
+
+
+def restarted_run(args) -> Optional[str]:
+    """After `torchrun --max-restarts` has started the ranks anew: the folder of the run that they had begun; else None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        for file in sorted(Path(args.log_dir).glob("*/args.json"), reverse=True):
+            if json.loads(file.read_text()).get("launcher") == LAUNCHER and any(file.parent.glob("checkpoints/*/*.pt")):
+                return str(file.parent)
+    return None
 
 
 def save_checkpoint(run_dir: Path, agent, optimizer, global_step: int, env_steps: int, args):
@@ -779,6 +845,7 @@ def check_args(args) -> int:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     num_procs = check_args(args)
+    args.resume_dir = restarted_run(args) or args.resume_dir
     checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)
 
     # Reward model; it is refused here, before anything is built, where its frames differ from ours
@@ -864,6 +931,8 @@ if __name__ == "__main__":
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
     mistakes, latest_mistakes = [], deque(maxlen=24)
+    if args.save_mistakes:
+        on_rank0(file_mistakes, args.save_mistakes, contract, [])
     if reward_model:
         reward_model.to(device)
 
@@ -964,6 +1033,9 @@ if __name__ == "__main__":
             mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
             if mean_kl > args.target_kl:
                 break
+
+        if not warming_up:
+            agent.update_normalization(obs)
 
         # Log
         stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)

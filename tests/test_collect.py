@@ -88,7 +88,7 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
         noise = torch.Generator().manual_seed(0)
         for t in range(steps):
             with torch.no_grad():
-                action = policy.actor_mean(pair.obs) + 0.2 * torch.randn(num_envs, 8, generator=noise)
+                action = policy.get_mean_action(pair.obs) + 0.2 * torch.randn(num_envs, 8, generator=noise)
             done, info = pair.step(action)
             episode_step += 1
             photograph(pair, info, done, episode, episode_step)

@@ -180,3 +180,23 @@ def test_gae():
                     break
                 k += 1
             assert abs(advantages[t, n] - expected) < 1e-5
+
+
+def test_observation_normalization():
+    """Mean and standard deviation over all batches so far; what never changes stays finite."""
+    torch.manual_seed(0)
+    agent, batches = Agent(4, 2), [torch.randn(50, 8, 4) * torch.tensor([0.1, 3.0, 20.0, 0.0]) + 5 for _ in range(3)]
+    before = agent.get_mean_action(batches[0])
+    assert torch.equal(before, agent.actor_mean(batches[0])), "nothing is changed before the first rollout"
+    for batch in batches:
+        agent.update_normalization(batch)
+    seen = torch.cat(batches).flatten(0, 1)
+    torch.testing.assert_close(agent.obs_mean, seen.mean(0))
+    torch.testing.assert_close(agent.obs_std[:3], seen.std(0, correction=0)[:3], rtol=1e-4, atol=0)
+    normalized = agent.normalize(seen)
+    assert normalized.abs().max() < 10 and torch.allclose(normalized[:, 3], torch.zeros(1))
+    again = Agent(4, 2)
+    again.load_state_dict(agent.state_dict())
+    again.update_normalization(batches[0] + 1)
+    agent.update_normalization(batches[0] + 1)
+    assert torch.equal(again.obs_mean, agent.obs_mean), "a checkpoint goes on counting where it stopped"

@@ -1,0 +1,321 @@
+"""Interruptions, crashes and damaged files: real processes, real signals, real files.
+
+    python -m pytest -q tests/test_faults.py                   # 3 kills of every stage
+    FAULT_KILLS=12 python -m pytest -q -s tests/test_faults.py    # all: 12 of stage 1, of stage 2 and of stage 4
+"""
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_collect import check_folder, install_policy
+from test_env import ROOT
+from test_resnet_reward import dense_checkpoint, random_reward_model
+from test_reward_resnet import data, frames  # noqa: F401  (fixtures)
+
+KILLS = int(os.environ.get("FAULT_KILLS", 3))
+PPO = ["--num-procs", "2", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "2", "--num-steps", "25",
+       "--learning-rate", "1e-6", "--save-interval", "1", "--eval-freq", "1000", "--no-capture-video"]
+
+
+def start(script, cwd, *args, launcher=(), env=None):
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / f"{script}.py"), *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, **(env or {})))
+
+
+def ranks_of(process):
+    """Process ids of the ranks that `process` has started."""
+    found = []
+    for status in os.listdir("/proc"):
+        try:
+            if status.isdigit() and open(f"/proc/{status}/stat").read().rpartition(")")[2].split()[1] == str(process.pid):
+                found.append(int(status))
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+def kill_and_resume(rng, begin, resume, has_begun):
+    """Start with `begin()`, or `resume()` once `has_begun()`, and kill -9 the launcher or a rank at a random moment; KILLS
+    times. Nothing may survive the kill. Ends with a run that completes."""
+    durations = (2.0, 14.0)  # from the first imports to well into training
+    for kill in range(KILLS):
+        process = resume() if has_begun() else begin()
+        wait, victim = rng.uniform(*durations), rng.choice(["launcher", "rank"])
+        time.sleep(wait)
+        ranks = ranks_of(process)
+        target = process.pid if victim == "launcher" or not ranks else rng.choice(ranks)
+        os.kill(target, signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+        print(f"kill {kill + 1}: {victim} after {wait:.1f} s, {'begun' if has_begun() else 'not begun'}")
+        assert process.returncode != 0 and "Traceback" not in err, err
+        deadline = time.time() + 10
+        while any(os.path.exists(f"/proc/{rank}") for rank in ranks) and time.time() < deadline:
+            time.sleep(0.1)
+        assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks), "a rank outlived its launcher"
+        yield
+    process = resume() if has_begun() else begin()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in err, out + err
+
+
+def digests(folder, pattern):
+    return {hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob(pattern)}
+
+
+def newest_step(run_dir):
+    """Of the whole checkpoints; every one but the newest must be whole in any case."""
+    steps = sorted(int(f.parent.name.rpartition("_")[2]) for f in run_dir.glob("checkpoints/*/checkpoint.pt"))
+    for step in steps:
+        checkpoint = torch.load(run_dir / f"checkpoints/global_step_{step}/checkpoint.pt", weights_only=True)
+        assert checkpoint["global_step"] == step
+    return steps[-1] if steps else 0
+
+
+def check_events(run_dir, last):
+    """TensorBoard shows every global step once, in order, although parts were done twice."""
+    events = EventAccumulator(str(run_dir), size_guidance=dict(scalars=0))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("charts/env_steps")]
+    assert steps == sorted(set(steps)) and steps[-1] == last and len(steps) >= last - 1, steps
+
+
+@pytest.mark.parametrize("seed", [random.randrange(10**6)])
+def test_kill_stage_1(tmp_path, seed):
+    """Whatever is killed when: no frame is lost or damaged, no step runs backwards, and the last run completes."""
+    rng, run_dir, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
+    args = [*PPO, "--target-success", 20 + 10 * KILLS, "--target-failure", 10_000, "--sample-rate-fail", "0.05",
+            "--resume-dir", run_dir]
+    iterations = 10 + 6 * KILLS
+    seen, step = set(), 1
+    for _ in kill_and_resume(rng, None, lambda: start("ppo_collect", tmp_path, *args, "--num-iterations", iterations),
+                             lambda: True):
+        now = digests(frames_dir, "*/*.png")
+        assert seen <= now, f"a frame was lost (seed {seed})"
+        for file in frames_dir.glob("*/*.png"):
+            with Image.open(file) as image:
+                image.load()
+                assert image.size == (224, 224) and json.loads(image.text["row"])["label"] == file.parent.name
+        seen, before, step = now, step, newest_step(run_dir)
+        assert step >= before
+    assert seen <= digests(frames_dir, "*/*.png")
+    pixels = [np.asarray(Image.open(file)).tobytes() for file in frames_dir.glob("*/*.png")]
+    assert len(set(pixels)) == len(pixels), f"an episode was collected twice (seed {seed})"
+    check_folder(frames_dir, *(len(list((frames_dir / label).iterdir())) for label in ("success", "failure")))
+    last = newest_step(run_dir)
+    assert last == iterations or len(list((frames_dir / "success").iterdir())) == 20 + 10 * KILLS
+    check_events(run_dir, last)
+
+
+@pytest.mark.parametrize("seed", [random.randrange(10**6)])
+def test_kill_stage_2(data, tmp_path, seed):  # noqa: F811
+    """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
+    args = ["--num-procs", "2", "--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
+            "--early-stopping-patience", "99", "--epochs", 6 + 2 * KILLS]
+    whole = start("train_reward_resnet", tmp_path, *args, "--save-dir", "whole")
+    out, err = whole.communicate(timeout=600)
+    assert whole.returncode == 0, err
+    parts, epoch = tmp_path / "parts", 0
+    for _ in kill_and_resume(random.Random(seed), lambda: start("train_reward_resnet", tmp_path, *args, "--save-dir", "parts"),
+                             lambda: start("train_reward_resnet", tmp_path, *args, "--save-dir", "parts", "--resume"),
+                             (parts / "last_model.pt").exists):
+        if (parts / "last_model.pt").exists():
+            now = torch.load(parts / "last_model.pt", weights_only=True)["epoch"]
+            assert now >= epoch
+            epoch = now
+            assert torch.load(parts / "best_model.pt", weights_only=True)["script"] == "train_reward_resnet"
+    a, b = (torch.load(tmp_path / name / "last_model.pt", weights_only=True) for name in ("whole", "parts"))
+    assert a["epoch"] == b["epoch"] == 6 + 2 * KILLS
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]), f"seed {seed}"
+    assert (parts / "report.json").exists() and (parts / "mistakes.png").exists()
+
+
+@pytest.mark.parametrize("seed", [random.randrange(10**6)])
+def test_kill_stage_4(tmp_path, seed):
+    rng, mistakes = random.Random(seed), tmp_path / "mistakes"
+    iterations = 10 + 6 * KILLS
+    args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes", mistakes,
+            "--num-iterations", iterations]
+    first = dense_checkpoint(tmp_path)
+
+    def run_dirs():
+        return [f for f in sorted(tmp_path.glob("logs/*")) if any(f.glob("checkpoints/*/checkpoint.pt"))]
+
+    seen, step = set(), 0
+    for _ in kill_and_resume(rng, lambda: start("ppo_resnet_reward", tmp_path, *args, "--resume-dir", first),
+                             lambda: start("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dirs()[0]), run_dirs):
+        now = digests(mistakes, "*/*.png")
+        assert seen <= now, f"a frame was lost (seed {seed})"
+        seen, before, step = now, step, newest_step(run_dirs()[0]) if run_dirs() else 0
+        assert step >= before
+        if (mistakes / "index.csv").exists():
+            with open(mistakes / "index.csv") as f:
+                rows = {row["file"]: row for row in csv.DictReader(f)}
+            for file in mistakes.glob("*/*.png"):
+                with Image.open(file) as image:
+                    inside = json.loads(image.text["row"])
+                row = rows[str(file.relative_to(mistakes))]
+                assert {key: str(value) for key, value in inside.items()} == {key: row[key] for key in inside}
+    run_dir, = run_dirs()
+    assert newest_step(run_dir) == iterations
+    check_events(run_dir, iterations)
+    for label in ("success", "failure"):
+        names = sorted(f.name for f in (mistakes / label).iterdir())
+        assert names == [f"{n:04d}.png" for n in range(1, len(names) + 1)]
+
+
+def test_torchrun_starts_a_killed_rank_anew(tmp_path):
+    """torchrun --max-restarts: a killed rank, and the run goes on in its folder without help."""
+    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "40", launcher=[
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"])
+    try:
+        deadline = time.time() + 120
+        while len(list(tmp_path.glob("logs/*/checkpoints/*/checkpoint.pt"))) < 3 and time.time() < deadline:
+            time.sleep(0.1)
+        os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    run_dir, = tmp_path.glob("logs/*")
+    assert newest_step(run_dir) == 40
+    check_events(run_dir, 40)
+
+
+@pytest.mark.parametrize("script", ["ppo_dense", "ppo_resnet_reward", "train_reward_resnet"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):  # noqa: F811
+    """Exit code 0, a checkpoint, and a printed command that really goes on. (Stage 1: test_collect.py.)"""
+    if script == "train_reward_resnet":
+        args = ["--num-procs", "2", "--input-size", "64", "--epochs", "12"]
+    else:
+        args = [*PPO, "--num-iterations", "12"]
+    if script == "ppo_resnet_reward":
+        args += ["--reward-checkpoint", random_reward_model(tmp_path / "model.pt")]
+    process = start(script, tmp_path, *args)
+    done = "reward_checkpoints/last_model.pt" if script == "train_reward_resnet" else "logs/*/checkpoints/*/checkpoint.pt"
+    deadline = time.time() + 120
+    while not list(tmp_path.glob(done)) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    go_on = re.search(r"To go on: python (.*)", out)[1].split()
+    goal = [] if script == "train_reward_resnet" else args
+    again = subprocess.run([sys.executable, *([str(ROOT / go_on[0])] if not os.path.exists(go_on[0]) else go_on[:1]),
+                            *go_on[1:], *map(str, goal)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    if script == "train_reward_resnet":
+        assert torch.load(tmp_path / "reward_checkpoints/last_model.pt", weights_only=True)["epoch"] == 12
+    else:
+        run_dir, = tmp_path.glob("logs/*")
+        assert newest_step(run_dir) == 12
+
+
+def flip_bytes(content, rng):
+    """The content with a few bytes changed, cut off, doubled or replaced by something that parsers dislike."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        kind, at = rng.randrange(5), rng.randrange(len(content) + 1)
+        if kind == 0 and at < len(content):
+            content[at] = rng.randrange(256)
+        elif kind == 1:
+            del content[at:at + rng.randint(1, 200)]
+        elif kind == 2:
+            content[at:at] = content[at:at + rng.randint(1, 200)]
+        elif kind == 3:
+            content[at:at] = rng.choice([b"\0", b"-1", b"1e999", b'"', b"[" * 5000, b"\xff\xfe", b"../x", b"9" * 5000, b","])
+        else:
+            content = content[:at]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fuzzed_files_of_stage_2(data, tmp_path, seed):  # noqa: F811
+    """metadata.json, index.csv, PNGs and checkpoints with damaged bytes: read well, or refused with one line. In one process,
+    with the functions that the script calls first; nothing outside the folder changes."""
+    import train_reward_resnet as stage_2
+
+    (tmp_path / "out").mkdir()
+    stage_2.save_model(tmp_path / "out/model.pt", stage_2.RewardModel("resnet18", 8, 32),
+                       json.loads((data / "metadata.json").read_text()),
+                       stage_2.Args(hidden_dim=8, input_size=32), dict(epoch=1))
+    files = [data / "metadata.json", data / "index.csv", data / "success/0001.png", tmp_path / "out/model.pt"]
+    originals = {f: f.read_bytes() for f in files}
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    rng, refused = random.Random(seed), 0
+    for _ in range(120):
+        file = rng.choice(files)
+        file.write_bytes(flip_bytes(originals[file], rng))
+        try:
+            names, _, _, _, contract = stage_2.read_data([str(data)])
+            model, _ = stage_2.load_reward_model(tmp_path / "out/model.pt", torch.device("cpu"))
+            stage_2.load_frames([str(data / "success/0001.png")], contract["image_size"][1], model, "decoding")
+        except SystemExit as stop:
+            assert stop.code == 2
+            refused += 1
+        file.write_bytes(originals[file])
+    assert 20 < refused < 120
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_fuzzed_checkpoints_of_ppo(tmp_path):
+    import ppo_dense as stage_3
+
+    folder = dense_checkpoint(tmp_path)
+    original, rng, refused = (folder / "checkpoint.pt").read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        (folder / "checkpoint.pt").write_bytes(flip_bytes(original, rng))
+        agent = stage_3.Agent(42, 8)
+        try:
+            checkpoint, _ = stage_3.load_checkpoint(str(folder))
+            stage_3.load_weights(agent, None, checkpoint)
+        except SystemExit as stop:
+            assert stop.code == 2
+            refused += 1
+    assert refused > 20
+
+
+def test_a_moved_frame_is_noticed(data, tmp_path):  # noqa: F811
+    """A success put in the place of the failure of the same number: the frame itself knows better than its folder."""
+    shutil.copy(data / "success/0002.png", data / "failure/0002.png")
+    process = start("train_reward_resnet", tmp_path, "--num-procs", "1", "--epochs", "1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "failure/0002.png was collected as a success" in err and "Traceback" not in err
+
+
+def test_odd_folders(data, tmp_path):  # noqa: F811
+    """Spaces in paths, a data folder that is a link, and a save folder that cannot be written."""
+    odd = tmp_path / "odd name"
+    odd.mkdir()
+    shutil.move(data, odd / "the data")
+    os.symlink(odd / "the data", tmp_path / "link")
+    args = ["--num-procs", "1", "--epochs", "1", "--input-size", "32", "--data-path", "link", "--log-dir", "my logs"]
+    process = start("train_reward_resnet", tmp_path, *args, "--save-dir", "my model")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and (tmp_path / "my model/best_model.pt").exists(), err
+    (tmp_path / "taken").write_text("a file")
+    process = start("train_reward_resnet", tmp_path, *args, "--save-dir", "taken/here")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Not a directory" in err and "Traceback" not in err
+
+
+def test_losses_that_are_not_finite_reach_no_checkpoint(tmp_path):
+    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "3", "--learning-rate", "1e30")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "no longer finite" in err and "Traceback" not in err
+    for file in tmp_path.glob("logs/*/checkpoints/*/checkpoint.pt"):
+        agent = torch.load(file, weights_only=True)["agent"]
+        assert all(np.isfinite(value.numpy()).all() for value in agent.values())
