@@ -63,7 +63,7 @@ class Args:
     sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
     """where the physics runs; auto: physx_cuda with a GPU, else physx_cpu"""
     num_procs: Optional[int] = None
-    """ranks to start on a CPU; default: one a core (a GPU run is one process; for more use torchrun)"""
+    """ranks to start on a CPU; None: one a core (a GPU run is one process; for more use torchrun)"""
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
@@ -73,19 +73,19 @@ class Args:
 
     # PPO
     num_envs: Optional[int] = None
-    """parallel scenes of all ranks together; default: 256"""
+    """parallel scenes of all ranks together; None: 256"""
     num_steps: int = 50
     """steps of every scene in one rollout"""
     num_iterations: int = 1000
     """global steps at most; one is a rollout and its update"""
     num_minibatches: int = 32
-    """minibatches in an update epoch; default: 32"""
+    """minibatches in an update epoch"""
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
-    """Adam's step size, at first; default: 3e-4 on a GPU, 1e-3 on a CPU"""
+    """Adam's step size, at first; None: 3e-4 on a GPU, 1e-3 on a CPU"""
     anneal_lr: Optional[bool] = None
-    """lower the step size in proportion to what is left of the run; default: off on a GPU, on on a CPU"""
+    """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: float = 0.8
     """discount factor per step"""
     gae_lambda: float = 0.9

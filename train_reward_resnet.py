@@ -18,6 +18,7 @@ import ctypes
 import functools
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -73,22 +74,23 @@ class Args:
     hidden_dim: int = 256
     """units of the layer between its features and the logit"""
     input_size: Optional[int] = None
-    """side in pixels to which frames are scaled before the first layer; default: 224, or 112 where --bf16 is off"""
+    """side in pixels to which frames are scaled before the first layer; None: 224, or 112 where --bf16 is off"""
     bf16: Optional[bool] = None
-    """train in bfloat16 where that is safe; default: on a GPU, and on a CPU that has instructions for it"""
+    """train in bfloat16 where that is safe; None: on a GPU, and on a CPU that has instructions for it"""
     pretrained: bool = False
     """start from ImageNet weights, downloaded by torchvision"""
 
     # Training
     epochs: Optional[int] = None
-    """passes over the frames at most; default: 100 on a GPU, 18 on a CPU"""
+    """passes over the frames at most; None: 100 on a GPU, 18 on a CPU"""
     half_size_epochs: Optional[int] = None
-    """of these, the first so many see frames of half the size, about three times as fast; default: 0 on a GPU, 10 on a CPU"""
+    """of these, the first so many see the frames at half of --input-size, about three times as fast; None: 0 on a GPU, 12 on a
+    CPU"""
     batch_size: int = 64
     """frames of all ranks together in one step"""
     lr: Optional[float] = None
-    """AdamW's step size in the first epoch; it falls linearly, to 0 after the last; default: 1e-4 on a GPU, 1e-3 on a CPU"""
-    weight_decay: float = 1e-2
+    """AdamW's step size in the first epoch; it falls linearly, to 0 after the last; None: 1e-4 on a GPU, 1e-3 on a CPU"""
+    weight_decay: float = 0.05
     """AdamW's decoupled weight decay"""
     val_split: float = 0.1
     """share of the frames, in whole episodes, that is held out"""
@@ -98,6 +100,12 @@ class Args:
     """probability above which the reports count a frame as done"""
     random_shift: float = 0.04
     """augmentation: shift frames by up to this share of their side"""
+    random_rotation: float = 10.0
+    """augmentation: turn frames by up to so many degrees"""
+    random_zoom: float = 0.1
+    """augmentation: enlarge or reduce frames by up to this share"""
+    random_mirror: bool = True
+    """augmentation: mirror every second frame, left to right"""
     color_jitter: float = 0.2
     """augmentation: change brightness and contrast by up to this share"""
 
@@ -151,16 +159,19 @@ def load_reward_model(path: str, device):
         fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
 
 
-def augment(frames, shift: float, jitter: float):
-    """Shift every frame, repeating its edge, and change its brightness and contrast; nothing moves the cube relative to the
-    goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
-    batch, size, device = len(frames), frames.shape[1], frames.device
-    offset = ((torch.rand(2, batch, 1, device=device) * 2 - 1) * shift * size).round().long()
-    rows, columns = (torch.arange(size, device=device) + offset).clamp(0, size - 1)  # (B, S) each
-    frames = frames[torch.arange(batch, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]].float()
-    brightness, contrast = (torch.rand(2, batch, 1, 1, 1, device=device) * 2 - 1) * jitter
-    mean = frames.mean((1, 2, 3), keepdim=True)
-    return mean * (1 + brightness) + (frames - mean) * (1 + contrast)
+def augment(frames, args):
+    """Shift, turn, zoom and mirror whole frames, repeating their edges, and change their brightness and contrast: nothing that
+    moves the cube relative to the goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
+    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(7, len(frames), device=frames.device) * 2 - 1
+    angle, zoom = math.radians(args.random_rotation) * u[0], 1 + args.random_zoom * u[1]
+    mirror = torch.where((u[2] < 0) & args.random_mirror, -1.0, 1.0)
+    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), 2 * args.random_shift * u[3:5]
+    affine = torch.stack([cos * mirror, -sin, shift[0], sin * mirror, cos, shift[1]], 1).view(-1, 2, 3)
+    grid = nn.functional.affine_grid(affine, x.shape, align_corners=False)
+    x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    brightness, contrast = (args.color_jitter * u[5:7])[:, :, None, None, None]
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x * (1 + contrast) + mean * (brightness - contrast)).permute(0, 2, 3, 1)
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -497,7 +508,7 @@ def load_imagenet_weights(model, arch: str):
 def save_model(path: Path, model, contract: dict, args, more: dict):
     buffer = io.BytesIO()
     torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, hidden_dim=args.hidden_dim,
-                    input_size=args.input_size, contract=contract, args=asdict(args), **more), buffer)
+                    input_size=model.input_size, contract=contract, args=asdict(args), **more), buffer)
     write_file(path, buffer.getvalue(), sync=True)
 
 
@@ -526,13 +537,14 @@ def check_training_args(args) -> int:
     if args.bf16 is None:
         args.bf16 = fast_bf16("cuda" if args.cuda else "cpu")
     for name, default in dict(input_size=224 if args.bf16 else 112, epochs=100 if args.cuda else 18,
-                              half_size_epochs=0 if args.cuda else 10, lr=1e-4 if args.cuda else 1e-3).items():
+                              half_size_epochs=0 if args.cuda else 12, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf),
                             ("half_size_epochs", 0, np.inf), ("batch_size", 2, 65536), ("early_stopping_patience", 1, np.inf),
                             ("num_procs", 1, np.inf), ("threshold", 0, 1), ("val_split", 0.001, 0.9),
-                            ("random_shift", 0, 0.5), ("color_jitter", 0, 0.9), ("lr", 0, 1)):
+                            ("random_shift", 0, 0.5), ("random_rotation", 0, 180), ("random_zoom", 0, 0.9),
+                            ("color_jitter", 0, 0.9), ("lr", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}" if high < np.inf
@@ -615,6 +627,7 @@ if __name__ == "__main__":
         # Train
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs)
+        model.input_size = max(32, args.input_size // 2) if epoch <= args.half_size_epochs else args.input_size
         model.train()
         train_loss = torch.zeros((), device=device)
         batches = torch.randperm(len(train_frames)).tensor_split(steps)
@@ -622,9 +635,7 @@ if __name__ == "__main__":
             if step % 10 == 0 and any(gather_all(bool(stop_signals))):
                 interrupted = True
                 break
-            x = augment(train_frames[batch].to(device), args.random_shift, args.color_jitter)
-            if epoch <= args.half_size_epochs:
-                x = nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+            x = augment(model.scale(train_frames[batch].to(device)), args)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits = model(x).float()
             loss = nn.functional.binary_cross_entropy_with_logits(logits, train_labels[batch].to(device))
@@ -650,7 +661,7 @@ if __name__ == "__main__":
 
         # Checkpoint
         state |= dict(epoch=epoch, seconds=state["seconds"] + time.time() - start_time)
-        improved = val_loss < state["best_loss"]
+        improved = val_loss < state["best_loss"] or epoch == args.half_size_epochs + 1  # the first of the full size
         if improved:
             state |= dict(best_epoch=epoch, best_loss=val_loss)
             on_rank0(save_model, Path(args.save_dir, "best_model.pt"), model, contract, args, dict(epoch=epoch))

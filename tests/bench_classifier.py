@@ -17,7 +17,7 @@ import torch.nn as nn
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_reward_resnet import RewardModel, augment, load_frames  # noqa: E402
+from train_reward_resnet import Args, RewardModel, augment, load_frames  # noqa: E402
 
 BATCH = 64
 
@@ -43,7 +43,7 @@ def training(frames, size, repeats, channels_last=True, bf16=False, compiled=Fal
     batch = model.scale(frames[:BATCH])
 
     def step():
-        x = augment(batch, 0.04, 0.2)
+        x = augment(batch, Args())
         if not channels_last:
             x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -55,7 +55,13 @@ def training(frames, size, repeats, channels_last=True, bf16=False, compiled=Fal
 
     trains = rate(step, BATCH, repeats)
     model.eval()
-    return trains, rate(lambda: model.predict(frames[:BATCH]), BATCH, repeats)
+
+    @torch.inference_mode()
+    def infer():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            forward(model.scale(frames[:BATCH]))
+
+    return trains, rate(infer, BATCH, repeats)
 
 
 class PNGs(torch.utils.data.Dataset):
@@ -89,11 +95,11 @@ if __name__ == "__main__":
 
     def memory_epoch():
         for batch in torch.randperm(len(frames)).split(BATCH):
-            augment(frames[batch], 0.04, 0.2)
+            augment(frames[batch], Args())
 
     def png_epoch(workers):
         loader = torch.utils.data.DataLoader(PNGs(files), BATCH, shuffle=True, num_workers=workers)
-        return lambda: [augment(batch, 0.04, 0.2) for batch in loader]
+        return lambda: [augment(batch, Args()) for batch in loader]
 
     print("batches alone, without the network, frames a second")
     print(f"  decoded once into memory      {rate(memory_epoch, len(files), 3):8.0f}")

@@ -164,17 +164,35 @@ def test_scores():
 
 
 def test_augmentation_moves_whole_frames():
+    """Two dots keep their distance (times the zoom) and, without rotation and mirror, their direction."""
     torch.manual_seed(0)
-    frames = torch.zeros(200, 32, 32, 3, dtype=torch.uint8)
-    frames[:, 14, 16], frames[:, 18, 16] = 200, 100
-    shifted = augment(frames, 0.1, 0.0).mean(-1)
-    places = [(f == v).nonzero()[0].tolist() for f in shifted for v in (200, 100)]
-    for (y1, x1), (y2, x2) in zip(places[::2], places[1::2]):
-        assert (y2 - y1, x2 - x1) == (4, 0) and abs(y1 - 14) <= 3 and abs(x1 - 16) <= 3
-    assert {y for y, _ in places[::2]} == set(range(11, 18))
-    assert torch.equal(augment(frames, 0.0, 0.0), frames.float())
-    jittered = augment(frames, 0.0, 0.2)
-    assert 0.8 * 200 - 5 < jittered[:, 14, 16].min() < 180 and 220 < jittered[:, 14, 16].max() < 1.2 * 200 + 5
+    still = dict(random_shift=0.0, random_rotation=0.0, random_zoom=0.0, random_mirror=False, color_jitter=0.0)
+    frames = torch.zeros(200, 64, 64, 3, dtype=torch.uint8)
+    frames[:, 24:27, 30:33], frames[:, 40:43, 30:33] = 240, 120
+    torch.testing.assert_close(augment(frames, train_reward_resnet.Args(**still)), frames.float(), atol=0.1, rtol=0)
+
+    def dots(**change):
+        """Vectors (200, 2) from the brighter dot to the other, and the brighter one's place, in pixels (y, x)."""
+        moved, places = augment(frames, train_reward_resnet.Args(**dict(still, **change))).mean(-1), []
+        grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))
+        bright = moved.flatten(1).argmax(1)
+        near = ((grid[:, None] - torch.stack([bright // 64, bright % 64])[:, :, None, None]).norm(dim=0) < 6).float()
+        for weight in (moved * near, moved * (1 - near)):
+            places.append((weight[:, None] * grid).sum((2, 3)) / weight.sum((1, 2))[:, None])
+        return places[1] - places[0], places[0]
+
+    vector, place = dots(random_shift=0.1)
+    assert (vector - torch.tensor([16.0, 0.0])).abs().max() < 0.2
+    assert (place - torch.tensor([25.0, 31.0])).abs().max() < 6.8 and place.std(0).min() > 3
+    vector, _ = dots(random_rotation=10.0)
+    angle = torch.atan2(vector[:, 1], vector[:, 0]).rad2deg()
+    assert (vector.norm(dim=1) - 16).abs().max() < 0.3 and angle.abs().max() < 10.5 and angle.std() > 4
+    vector, _ = dots(random_zoom=0.2)
+    assert 16 / 1.25 < vector[:, 0].min() < 14 and 18 < vector[:, 0].max() < 16 / 0.75
+    _, place = dots(random_mirror=True)
+    assert {round(x) for x in place[:, 1].tolist()} == {31, 32} and 60 < (place[:, 1] > 31.5).sum() < 140
+    bright = augment(frames, train_reward_resnet.Args(**dict(still, color_jitter=0.2))).amax((1, 2, 3))
+    assert 0.8 * 240 - 5 < bright.min() < 215 and 265 < bright.max() < 1.2 * 240 + 5
 
 
 def no_metadata(data):
