@@ -137,7 +137,9 @@ MAY_BE_ZERO = ("seed", "critic_warmup")
 
 # ---------------------------------------------------------------------------------------------- environment
 
-CAMERA = dict(pose=[0.7, 0.4, 0.15, 0.25665, -0.01199, -0.00318, -0.96643], fov=0.5)  # position, quaternion wxyz; radians
+# A frame shows the scene from the front and from the side: one view cannot tell how deep the goal is behind the cube.
+CAMERA = dict(front=dict(pose=[1.2, 0.0, 0.42, 0.0, -0.09054, 0.0, 0.99589], fov=0.44),  # position, quaternion wxyz; radians
+              side=dict(pose=[0.0, 1.2, 0.42, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.44))
 
 
 def find_task(env_id: str):
@@ -151,11 +153,23 @@ def find_task(env_id: str):
 
 
 def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None):
-    """ManiSkill's own environment. `camera`: settings of its render camera, or None for a state-only environment, which
-    also works where there is no Vulkan driver at all."""
-    import sapien
+    """ManiSkill's own environment, with our render cameras instead of its own.
 
-    find_task(env_id)
+    `camera`: views, {name: dict(pose, fov)}, which share frames of width x height pixels from left to right, and shader_pack.
+    None makes a state-only environment, which also works where there is no Vulkan driver at all.
+    """
+    import sapien
+    from mani_skill.sensors.camera import CameraConfig
+
+    task = find_task(env_id)
+    cameras = []
+    if camera:
+        edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
+        cameras = [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
+                                view["fov"], shader_pack=camera["shader_pack"])
+                   for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
+    own_cameras = task.__dict__.get("_default_human_render_camera_configs")
+    task._default_human_render_camera_configs = cameras  # gym.make can change cameras, but not add one
     render_backend = sim_backend.replace("physx_cuda", "sapien_cuda") if "cuda" in sim_backend else "cpu"
     material = sapien.render.RenderMaterial
     if camera is None:  # ManiSkill asks Vulkan for the colour of the cube even when nothing is ever drawn
@@ -163,8 +177,7 @@ def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, 
         sapien.pysapien.render.RenderMaterial = sapien.render.RenderMaterial
     try:
         return gym.make(env_id, num_envs=num_envs, obs_mode="state", control_mode=control_mode, sim_backend=sim_backend,
-                        render_backend=render_backend,
-                        human_render_camera_configs=dict(render_camera=camera) if camera else {})
+                        render_backend=render_backend)
     except AssertionError as error:
         fail(f"--control-mode: {error}")
     except RuntimeError as error:
@@ -174,16 +187,22 @@ def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, 
              "bash tests/install_cpu_renderer.sh (on a GPU: the driver's own Vulkan)")
     finally:
         sapien.render.RenderMaterial = sapien.pysapien.render.RenderMaterial = material
+        if own_cameras is None:
+            del task._default_human_render_camera_configs
+        else:
+            task._default_human_render_camera_configs = own_cameras
 
 
 def take_pictures(env, show_goal_site: bool):
-    """(num_envs, H, W, 3) uint8 from the render camera of a ManiSkill environment."""
+    """(num_envs, H, W, 3) uint8: what the render cameras of a ManiSkill environment see, side by side."""
+    from mani_skill.utils.visualization.misc import tile_images
+
     if show_goal_site:
-        return env.render_rgb_array("render_camera")
+        return env.render_rgb_array()
     for hidden in env._hidden_objects:
         hidden.hide_visual()
     env.scene.update_render(update_sensors=False, update_human_render_cameras=True)
-    frames = env.scene.get_human_render_camera_images("render_camera")["render_camera"]
+    frames = tile_images(list(env.scene.get_human_render_camera_images().values()))
     for hidden in env._hidden_objects:
         hidden.show_visual()
     return frames
@@ -213,8 +232,7 @@ class PickCubeCPU:
     Args:
         num_envs: number of scenes N.
         max_episode_steps: `truncated` is set from this step of an episode on.
-        camera: None (nothing of Vulkan is touched), or for `render_frames` the settings of ManiSkill's render camera:
-            pose (7 numbers), fov (radians), width, height (pixels), shader_pack.
+        camera: None (nothing of Vulkan is touched), or what `render_frames` shows, see make_stock.
         show_goal_site: draw the green goal sphere.
     """
 
@@ -878,7 +896,7 @@ if __name__ == "__main__":
 
     # Scenes
     args.capture_video = args.capture_video and has_renderer(args.sim_backend)
-    camera = dict(contract["camera"], width=args.image_size, height=args.image_size, shader_pack=contract["shader"])
+    camera = dict(views=contract["camera"], width=args.image_size, height=args.image_size, shader_pack=contract["shader"])
     eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, camera if args.capture_video else None, args.show_goal_site)
     envs = eval_envs if args.evaluate else make_envs(
         args, args.num_envs // WORLD_SIZE, None if args.oracle else camera, args.show_goal_site)

@@ -147,7 +147,7 @@ def all_cores(num_envs, rounds):
 def rendering(size, frames=40):
     import sapien
 
-    camera = dict(ppo_collect.CAMERA, width=size, height=size, shader_pack="minimal")
+    camera = dict(views=ppo_collect.CAMERA, width=size, height=size, shader_pack="minimal")
     ours = PickCubeCPU(1, camera=camera)
     stock = StockEnvs(make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", camera), True)
     policy, obs = load_policy(), ours.reset(seed=0)[0]

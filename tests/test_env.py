@@ -19,7 +19,7 @@ import ppo_collect  # noqa: E402
 from ppo_collect import Agent, PickCubeCPU, StockEnvs, compute_gae  # noqa: E402
 
 TOLERANCE = 1e-5
-CAMERA = dict(ppo_collect.CAMERA, width=224, height=224, shader_pack="minimal")
+CAMERA = dict(views=ppo_collect.CAMERA, width=224, height=224, shader_pack="minimal")
 
 
 def make_stock(**kwargs):
@@ -135,19 +135,24 @@ def test_partial_resets_leave_the_others_alone():
 def test_frames_equal_the_stock_cameras(show_goal_site):
     torch.manual_seed(0)
     pair = Pair(2, 11, camera=CAMERA, show_goal_site=show_goal_site)
-    photographer = make_stock(render_backend="cpu", human_render_camera_configs=dict(render_camera=CAMERA))
-    stock = StockEnvs(photographer, show_goal_site)
-    stock.reset(seed=11)
+    views = []  # a stock environment a view
+    for view in CAMERA["views"].values():
+        camera = dict(view, width=224 // len(CAMERA["views"]), height=224, shader_pack="minimal")
+        views.append(StockEnvs(make_stock(render_backend="cpu", human_render_camera_configs=dict(render_camera=camera)),
+                               show_goal_site))
+        views[-1].reset(seed=11)
     greens = []
     for t in range(25):
         action = torch.rand(2, 8) * 2 - 1
         pair.step(action)
-        stock.step(action[:1])
+        for stock in views:
+            stock.step(action[:1])
         if t % 6 == 0:
             frames = pair.envs.render_frames(torch.tensor([1, 0]))
             assert frames.shape == (2, 224, 224, 3) and frames.dtype == torch.uint8
             # The joints' last bit is lost when the studio is posed: a pixel or two on the edges of the robot may differ.
-            difference = (frames[1].int() - stock.render_frames(torch.tensor([0]))[0].int()).abs()
+            expected = torch.cat([stock.render_frames(torch.tensor([0]))[0] for stock in views], 1)
+            difference = (frames[1].int() - expected.int()).abs()
             assert (difference.amax(-1) > 1).sum() <= 3 and (difference.amax(-1) > 0).sum() <= 10
             assert not torch.equal(frames[0], frames[1])
             r, g, b = frames[1].int().unbind(-1)

@@ -1,7 +1,7 @@
 """Interruptions, crashes and damaged files: real processes, real signals, real files.
 
     python -m pytest -q tests/test_faults.py                   # 3 kills of every stage
-    FAULT_KILLS=12 python -m pytest -q -s tests/test_faults.py    # all: 12 of stage 1, of stage 2 and of stage 4
+    FAULT_KILLS=10 python -m pytest -q -s tests/test_faults.py    # 30: 10 of each of the three stages
 """
 import csv
 import hashlib

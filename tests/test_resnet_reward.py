@@ -176,8 +176,8 @@ def test_ignore_terminations(tmp_path):
 
 @pytest.mark.parametrize("field, theirs", [
     ("env_id", "PushCube-v1"), ("robot", "xarm6"), ("control_mode", "pd_ee_delta_pose"), ("reward_render_mode", "always"),
-    ("show_goal_site", False), ("image_size", [3, 112, 112]), ("camera", dict(CAMERA, fov=1.0)), ("shader", "rt"),
-    ("format_version", 2)])
+    ("show_goal_site", False), ("image_size", [3, 112, 112]), ("shader", "rt"), ("format_version", 2),
+    ("camera", dict(front=ppo_resnet_reward.CAMERA["front"]))])
 def test_contract(tmp_path, field, theirs):
     model = random_reward_model(tmp_path / "model.pt", **{field: theirs})
     _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, code=2)
