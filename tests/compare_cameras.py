@@ -35,8 +35,9 @@ NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 60, 4, 200
 
 def main(path):
     envs = PickCubeCPU(NUM_ENVS)
-    studios = [make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu",
-                          dict(views=views, width=224, height=224, shader_pack="minimal")).unwrapped for views in CAMERAS.values()]
+    frame = dict(width=224, height=224, shader_pack="minimal")
+    studios = [make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", dict(frame, views=views)).unwrapped
+               for views in CAMERAS.values()]
     policy, pixels, labels = load_policy(), [[] for _ in studios], []
     torch.manual_seed(0)
     obs, _ = envs.reset(seed=0)
