@@ -837,7 +837,7 @@ class FrameCollector:
         writer.writerows(row for label in LABELS for row in self.rows[label])
         write_file(self.dir / "index.csv", table.getvalue().encode())
 
-    def preview(self, columns: int = 12, rows: int = 4, size: int = 112):
+    def preview(self, columns: int = 8, rows: int = 3, size: int = 168):
         """Random frames, successes on green and failures on red: (H, W, 3) uint8, and <save-dir>/preview.png."""
         sheet, cell = Image.new("RGB", (columns * (size + 4), 2 * rows * (size + 4))), size + 4
         for c, (label, color) in enumerate(zip(LABELS, ("#2a2", "#c33"))):
