@@ -214,8 +214,8 @@ def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):  # noqa: 
     assert process.returncode == 0 and "Traceback" not in err, err
     go_on = re.search(r"To go on: python (.*)", out)[1].split()
     goal = [] if script == "train_reward_resnet" else args
-    again = subprocess.run([sys.executable, *([str(ROOT / go_on[0])] if not os.path.exists(go_on[0]) else go_on[:1]),
-                            *go_on[1:], *map(str, goal)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    again = subprocess.run([sys.executable, str(ROOT / os.path.basename(go_on[0])), *go_on[1:], *map(str, goal)], cwd=tmp_path,
+                           capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     if script == "train_reward_resnet":
         assert torch.load(tmp_path / "reward_checkpoints/last_model.pt", weights_only=True)["epoch"] == 12

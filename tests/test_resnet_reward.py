@@ -74,7 +74,10 @@ def test_reward(scenes, mode, alpha, threshold, soft):
     envs, env_reward, success = scenes
     torch.manual_seed(1)
     model, scored = RewardModel("resnet18", 32, 64).eval(), torch.tensor([5, 0, 2, 3])
-    probs = torch.sigmoid(model(model.scale(envs.render_frames(scored))).detach())
+    pictures = model.scale(envs.render_frames(scored))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=ppo_resnet_reward.fast_bf16("cpu")):
+        probs = model(pictures).float().sigmoid()
+    torch.testing.assert_close(probs, model(pictures).sigmoid().detach(), atol=5e-3, rtol=0)
     threshold = probs.sort()[0][1:3].mean().item() if threshold is None else threshold  # two above, two below
     args = Args(reward_mode=mode, alpha=alpha, threshold=threshold, use_soft_reward=soft)
     reward, said, frames = resnet_reward(model, envs, env_reward, success, scored, args)
@@ -128,8 +131,8 @@ def test_stage_4_renders_final_frames_only(tmp_path):
         checkpoint = random_reward_model(tmp_path / "model.pt", reward_render_mode=mode)
         out, _ = run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint",
                      checkpoint, "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
-                     "--reward-render-mode", mode, "--log-dir", mode, "--save-mistakes", tmp_path / f"mistakes-{mode}",
-                     before=count)
+                     "--threshold", "1.0", "--reward-render-mode", mode, "--log-dir", mode,
+                     "--save-mistakes", tmp_path / f"mistakes-{mode}", before=count)
         pictures = int(out.rpartition("pictures ")[2])
         metrics = scalars(next((tmp_path / mode).glob("*-ppo_resnet_reward")))
         scored = sum(metrics["reward_model/scored_frames"].values())
