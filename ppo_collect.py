@@ -111,6 +111,8 @@ class Args:
     """share of all failure frames that is saved"""
     sample_rate_fail_final: float = 0.3
     """share of the frames that end a failed episode that is saved"""
+    sample_rate_near_miss: float = 0.05
+    """share of the failure frames with the cube 2.5 to 5 cm from the goal that is saved (PickCube only)"""
     keep_ambiguous: bool = False
     """also save, as failures, frames with the cube at the goal and the robot still moving: one picture cannot tell"""
     save_dir: str = "data"
@@ -125,7 +127,7 @@ class Args:
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500),
                         num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
-RATES = ("gamma", "gae_lambda", "sample_rate_success", "sample_rate_fail", "sample_rate_fail_final")
+RATES = ("gamma", "gae_lambda", "sample_rate_success", "sample_rate_fail", "sample_rate_fail_final", "sample_rate_near_miss")
 MAY_BE_ZERO = ("seed",)
 
 
@@ -558,6 +560,15 @@ def start_ranks(num_procs: int) -> int:
         time.sleep(0.1)
 
 
+def join_ranks(backend: str):
+    """Form the process group of this and the other ranks."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+
+
 def on_rank0(function, *arguments):
     """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
     result = [None, False]
@@ -788,6 +799,9 @@ class FrameCollector:
         """
         args, success = self.args, info["success"]
         rate = torch.where(done, max(args.sample_rate_fail, args.sample_rate_fail_final), args.sample_rate_fail)
+        if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
+            cube_to_goal = obs[:, -3:].norm(dim=1)
+            rate = torch.where(cube_to_goal <= 0.05, rate.clamp(min=args.sample_rate_near_miss), rate)
         if not args.keep_ambiguous and "is_obj_placed" in info:
             rate[info["is_obj_placed"]] = 0.0
         rate[success] = args.sample_rate_success if self.counts["success"] < args.target_success else 0.0
@@ -797,8 +811,8 @@ class FrameCollector:
         columns = dict({key: info[key] for key in COLUMNS if key in info}, is_final=done)
         columns = {key: value[idx].int().tolist() for key, value in columns.items()}
         columns |= {key: counters[key][idx].tolist() for key in ("episode", "step")}
-        if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-            columns["cube_to_goal"] = [round(d, 5) for d in obs[idx, -3:].norm(dim=1).tolist()]
+        if args.env_id == "PickCube-v1":
+            columns["cube_to_goal"] = [round(d, 5) for d in cube_to_goal[idx].tolist()]
         for k, (frame, succeeded) in enumerate(zip(envs.render_frames(idx).cpu().numpy(), success[idx].tolist())):
             row = dict({key: values[k] for key, values in columns.items()}, label=LABELS[not succeeded],
                        global_step=counters["global_step"], env_steps=counters["env_steps"])
@@ -866,8 +880,7 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if gpu else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+        join_ranks("nccl" if gpu else "gloo")
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

@@ -542,6 +542,15 @@ def start_ranks(num_procs: int) -> int:
         time.sleep(0.1)
 
 
+def join_ranks(backend: str):
+    """Form the process group of this and the other ranks."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+
+
 def on_rank0(function, *arguments):
     """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
     result = [None, False]
@@ -698,8 +707,7 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if gpu else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+        join_ranks("nccl" if gpu else "gloo")
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

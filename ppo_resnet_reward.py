@@ -553,7 +553,8 @@ def fast_bf16(device_type: str) -> bool:
 
 
 class RewardModel(nn.Module):
-    """Says of a frame how sure it is that the task is done."""
+    """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
+    because learning it too makes the first one exact (stage 2, --distance-weight)."""
 
     def __init__(self, arch: str, hidden_dim: int, input_size: int):
         super().__init__()
@@ -561,7 +562,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
         self.input_size = input_size
         self.resnet = torchvision.models.get_model(arch)
-        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -570,15 +571,15 @@ class RewardModel(nn.Module):
         return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
-        """(K, input_size, input_size, 3), values in [0, 255] -> (K,) float32 logits. NHWC is torch's channels_last."""
-        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).squeeze(-1)
+        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
+        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float().unbind(1)
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
         """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(self.scale(f.to(device))).float().sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
@@ -708,6 +709,15 @@ def start_ranks(num_procs: int) -> int:
                 rank.kill()
             return abs(failed[0]) if failed else 0
         time.sleep(0.1)
+
+
+def join_ranks(backend: str):
+    """Form the process group of this and the other ranks."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
 
 
 def on_rank0(function, *arguments):
@@ -884,8 +894,7 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if gpu else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+        join_ranks("nccl" if gpu else "gloo")
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))

@@ -108,6 +108,9 @@ class Args:
     """augmentation: mirror every second frame, left to right"""
     color_jitter: float = 0.2
     """augmentation: change brightness and contrast by up to this share"""
+    distance_weight: float = 0.2
+    """weight of a second loss, the mean absolute error in cm of the cube's distance to the goal, up to 10 cm, which index.csv
+    knows of PickCube; 0: learn from the labels alone"""
 
 
 # ---------------------------------------------------------------------------------------------- reward model
@@ -120,7 +123,8 @@ def fast_bf16(device_type: str) -> bool:
 
 
 class RewardModel(nn.Module):
-    """Says of a frame how sure it is that the task is done."""
+    """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
+    because learning it too makes the first one exact (stage 2, --distance-weight)."""
 
     def __init__(self, arch: str, hidden_dim: int, input_size: int):
         super().__init__()
@@ -128,7 +132,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
         self.input_size = input_size
         self.resnet = torchvision.models.get_model(arch)
-        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -137,15 +141,15 @@ class RewardModel(nn.Module):
         return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
-        """(K, input_size, input_size, 3), values in [0, 255] -> (K,) float32 logits. NHWC is torch's channels_last."""
-        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).squeeze(-1)
+        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
+        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float().unbind(1)
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
         """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(self.scale(f.to(device))).float().sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
@@ -188,11 +192,12 @@ def read_data(data_path):
         episodes: (M,) int64, a frame without a row in index.csv is an episode of its own;
         kinds: {kind: (M,) bool}, from index.csv: the frames that end an episode; failures with the cube 2.5 to 5 cm from the
         goal; failures with the cube at the goal and the robot still moving; the rest;
+        distances: (M,) float32 metres from the cube to the goal, NaN where index.csv does not say;
         contract: metadata.json, the same in all folders.
     """
     if not data_path:
         fail("--data-path names no folder")
-    files, labels, episodes, kinds, contracts = zip(*(read_folder(Path(folder)) for folder in data_path))
+    files, labels, episodes, kinds, distances, contracts = zip(*(read_folder(Path(folder)) for folder in data_path))
     for folder, contract in zip(data_path, contracts):
         differing = contract_differences(contracts[0], contract) if contract is not contracts[0] else []
         if differing:
@@ -200,7 +205,7 @@ def read_data(data_path):
     episodes = [list(zip([k] * len(part), part)) for k, part in enumerate(episodes)]
     _, episodes = np.unique(np.concatenate(episodes), axis=0, return_inverse=True)
     kinds = {kind: np.concatenate([part[kind] for part in kinds]) for kind in KINDS}
-    return sum(files, []), np.concatenate(labels), episodes.flatten(), kinds, contracts[0]
+    return sum(files, []), np.concatenate(labels), episodes.flatten(), kinds, np.concatenate(distances), contracts[0]
 
 
 def read_folder(folder: Path):
@@ -243,7 +248,8 @@ def read_folder(folder: Path):
     kinds = [final, ~labels & ~placed & (distance <= 0.05), ~labels & placed]
     kinds.append(~np.any(kinds, axis=0))
     episodes = np.array([row["episode"] for row in rows])
-    return [str(folder / name) for name in names], labels, episodes, dict(zip(KINDS, kinds)), contract
+    files = [str(folder / name) for name in names]
+    return files, labels, episodes, dict(zip(KINDS, kinds)), distance.astype(np.float32), contract
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
@@ -361,7 +367,7 @@ def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows
 
 def report_on(model, data, idx, frames, args, name: str, writer=None, step: int = 0, **more):
     """Score `frames`, this rank's share of `idx`, print, and write <save-dir>/report<name>.json and mistakes<name>.png."""
-    files, labels, _, kinds, _ = data
+    files, labels, _, kinds, _, _ = data
     probs = join(model.predict(frames))
     if RANK > 0:
         return
@@ -408,6 +414,15 @@ def start_ranks(num_procs: int) -> int:
                 rank.kill()
             return abs(failed[0]) if failed else 0
         time.sleep(0.1)
+
+
+def join_ranks(backend: str):
+    """Form the process group of this and the other ranks."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
 
 
 def on_rank0(function, *arguments):
@@ -544,7 +559,7 @@ def check_training_args(args) -> int:
                             ("half_size_epochs", 0, np.inf), ("batch_size", 2, 65536), ("early_stopping_patience", 1, np.inf),
                             ("num_procs", 1, np.inf), ("threshold", 0, 1), ("val_split", 0.001, 0.9),
                             ("random_shift", 0, 0.5), ("random_rotation", 0, 180), ("random_zoom", 0, 0.9),
-                            ("color_jitter", 0, 0.9), ("lr", 0, 1)):
+                            ("color_jitter", 0, 0.9), ("distance_weight", 0, 100), ("lr", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}" if high < np.inf
@@ -557,7 +572,7 @@ if __name__ == "__main__":
     num_procs = check_training_args(args)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts has started the ranks anew
         args.resume = Path(args.save_dir, "last_model.pt").exists()
-    data = files, labels, episodes, kinds, contract = read_data(args.data_path)
+    data = files, labels, episodes, kinds, distances, contract = read_data(args.data_path)
     if num_procs > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(start_ranks(num_procs))
 
@@ -569,8 +584,7 @@ if __name__ == "__main__":
         device = torch.device("cpu")
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+        join_ranks("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
     stop_signals = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum))
@@ -600,6 +614,7 @@ if __name__ == "__main__":
     train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
     val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
+    train_cm = torch.from_numpy(100 * distances[train_idx[RANK::WORLD_SIZE]]).clamp(max=10)
     sizes = [len(train_idx), len(val_idx)]
     steps = max(1, sizes[0] // args.batch_size)
     if RANK == 0:
@@ -637,10 +652,11 @@ if __name__ == "__main__":
                 break
             x = augment(model.scale(train_frames[batch].to(device)), args)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                logits = model(x).float()
+                logits, cm = model(x)
             loss = nn.functional.binary_cross_entropy_with_logits(logits, train_labels[batch].to(device))
+            cm_error = (cm - train_cm[batch].to(device)).abs().nan_to_num()  # NaN: the distance is not known
             optimizer.zero_grad()
-            loss.backward()
+            (loss + args.distance_weight * cm_error.mean()).backward()
             average_gradients(parameters)
             optimizer.step()
             train_loss += loss.detach() / steps

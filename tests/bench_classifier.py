@@ -47,7 +47,7 @@ def training(frames, size, repeats, channels_last=True, bf16=False, compiled=Fal
         if not channels_last:
             x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = forward(x).float()
+            logits, _ = forward(x)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad()
         loss.backward()

@@ -260,7 +260,7 @@ def test_fuzzed_files_of_stage_2(data, tmp_path, seed):  # noqa: F811
         file = rng.choice(files)
         file.write_bytes(flip_bytes(originals[file], rng))
         try:
-            names, _, _, _, contract = stage_2.read_data([str(data)])
+            names, *_, contract = stage_2.read_data([str(data)])
             model, _ = stage_2.load_reward_model(tmp_path / "out/model.pt", torch.device("cpu"))
             stage_2.load_frames([str(data / "success/0001.png")], contract["image_size"][1], model, "decoding")
         except SystemExit as stop:

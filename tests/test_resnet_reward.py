@@ -76,8 +76,8 @@ def test_reward(scenes, mode, alpha, threshold, soft):
     model, scored = RewardModel("resnet18", 32, 64).eval(), torch.tensor([5, 0, 2, 3])
     pictures = model.scale(envs.render_frames(scored))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=ppo_resnet_reward.fast_bf16("cpu")):
-        probs = model(pictures).float().sigmoid()
-    torch.testing.assert_close(probs, model(pictures).sigmoid().detach(), atol=5e-3, rtol=0)
+        probs = model(pictures)[0].sigmoid()
+    torch.testing.assert_close(probs, model(pictures)[0].sigmoid().detach(), atol=5e-3, rtol=0)
     threshold = probs.sort()[0][1:3].mean().item() if threshold is None else threshold  # two above, two below
     args = Args(reward_mode=mode, alpha=alpha, threshold=threshold, use_soft_reward=soft)
     reward, said, frames = resnet_reward(model, envs, env_reward, success, scored, args)

@@ -120,7 +120,7 @@ def test_two_ranks_learn_too(data, tmp_path):
 
 
 def test_split_keeps_episodes_together(data):
-    _, labels, episodes, kinds, _ = read_data([str(data)])
+    _, labels, episodes, kinds, _, _ = read_data([str(data)])
     assert kinds["ends an episode"].sum() >= 64 and len(episodes) == 128
     sides = set()
     for seed in range(20):
@@ -136,8 +136,8 @@ def test_split_keeps_episodes_together(data):
 def test_several_folders(data, tmp_path):
     """Their episodes stay apart even where they have the same numbers; contracts must agree."""
     shutil.copytree(data, tmp_path / "other")
-    files, labels, episodes, kinds, _ = read_data([str(data), str(tmp_path / "other")])
-    _, _, one, one_kinds, _ = read_data([str(data)])
+    files, labels, episodes, kinds, _, _ = read_data([str(data), str(tmp_path / "other")])
+    _, _, one, one_kinds, _, _ = read_data([str(data)])
     assert len(files) == 256 and labels.sum() == 128 and files[128] == str(tmp_path / "other/success/0001.png")
     assert len(set(episodes)) == 2 * len(set(one)) and not set(episodes[:128]) & set(episodes[128:])
     assert all(kinds[kind].sum() == 2 * one_kinds[kind].sum() for kind in kinds)
