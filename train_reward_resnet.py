@@ -74,7 +74,7 @@ class Args:
     hidden_dim: int = 256
     """units of the layer between its features and the logit"""
     input_size: Optional[int] = None
-    """side in pixels to which frames are scaled before the first layer; None: 224, or 112 where --bf16 is off"""
+    """side in pixels to which frames are scaled before the first layer; None: 224, or 160 on a CPU without bfloat16"""
     bf16: Optional[bool] = None
     """train in bfloat16 where that is safe; None: on a GPU, and on a CPU that has instructions for it"""
     pretrained: bool = False
@@ -82,12 +82,12 @@ class Args:
 
     # Training
     epochs: Optional[int] = None
-    """passes over the frames at most; None: 100 on a GPU, 18 on a CPU"""
+    """passes over the frames at most; None: 100 on a GPU, 16 on a CPU"""
     half_size_epochs: Optional[int] = None
-    """of these, the first so many see the frames at half of --input-size, about three times as fast; None: 0 on a GPU, 12 on a
+    """of these, the first so many see the frames at half of --input-size, about three times as fast; None: 0 on a GPU, 11 on a
     CPU"""
-    batch_size: int = 64
-    """frames of all ranks together in one step"""
+    batch_size: Optional[int] = None
+    """frames of all ranks together in one step; None: 64 on a GPU, 32 on a CPU"""
     lr: Optional[float] = None
     """AdamW's step size in the first epoch; it falls linearly, to 0 after the last; None: 1e-4 on a GPU, 1e-3 on a CPU"""
     weight_decay: float = 0.05
@@ -102,7 +102,7 @@ class Args:
     """augmentation: shift frames by up to this share of their side"""
     random_rotation: float = 10.0
     """augmentation: turn frames by up to so many degrees"""
-    random_zoom: float = 0.1
+    random_zoom: float = 0.05
     """augmentation: enlarge or reduce frames by up to this share"""
     random_mirror: bool = True
     """augmentation: mirror every second frame, left to right"""
@@ -551,8 +551,9 @@ def check_training_args(args) -> int:
     args.cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = fast_bf16("cuda" if args.cuda else "cpu")
-    for name, default in dict(input_size=224 if args.bf16 else 112, epochs=100 if args.cuda else 18,
-                              half_size_epochs=0 if args.cuda else 12, lr=1e-4 if args.cuda else 1e-3).items():
+    for name, default in dict(input_size=224 if args.bf16 or args.cuda else 160, epochs=100 if args.cuda else 16,
+                              half_size_epochs=0 if args.cuda else 11, batch_size=64 if args.cuda else 32,
+                              lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf),
