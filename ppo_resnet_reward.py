@@ -334,7 +334,7 @@ class PickCubeCPU:
             for _ in range(5):  # sim_freq 100 Hz, control_freq 20 Hz
                 scene["px"].step()
             self._read_state(i)
-            self._read_contacts(i)
+        self._read_contacts()
         self._elapsed_steps += 1
         info = self._evaluate()
         obs, reward = self._observation(info), torch.from_numpy(self._dense_reward(info))
@@ -349,25 +349,25 @@ class PickCubeCPU:
         self._tcp_pose[i, :3], self._tcp_pose[i, 3:] = tcp.p, tcp.q
         self._cube_pose[i, :3], self._cube_pose[i, 3:] = cube.p, cube.q
 
-    def _read_contacts(self, i):
-        """Contact impulses of the cube on the fingers; a cube 15 cm from the tcp is out of their reach."""
-        self._finger_impulse[i] = 0
-        offset = self._cube_pose[i, :3] - self._tcp_pose[i, :3]
-        if offset @ offset > 0.15**2:
-            return
-        scene = self._scenes[i]
-        cube, fingers, impulses = scene["cube_body"], scene["fingers"], [[], []]
-        for contact in scene["px"].get_contacts():
-            a, b = contact.bodies
+    def _read_contacts(self):
+        """Contact impulses of the cubes on the fingers; a cube 15 cm from the tcp is out of their reach."""
+        self._finger_impulse[:] = 0
+        offset = self._cube_pose[:, :3] - self._tcp_pose[:, :3]
+        for i in np.flatnonzero((offset * offset).sum(1) <= 0.15**2):
+            scene = self._scenes[i]
+            cube, fingers, impulses = scene["cube_body"], scene["fingers"], [[], []]
+            for contact in scene["px"].get_contacts():
+                a, b = contact.bodies
+                if a is not cube and b is not cube:
+                    continue
+                finger, sign = (b, -1) if a is cube else (a, 1)
+                for f in (0, 1):
+                    if finger is fingers[f]:
+                        impulses[f] += [sign * point.impulse for point in contact.points]
             for f in (0, 1):
-                if a is fingers[f] and b is cube:
-                    impulses[f] += [point.impulse for point in contact.points]
-                elif a is cube and b is fingers[f]:
-                    impulses[f] += [-point.impulse for point in contact.points]
-        for f in (0, 1):
-            if impulses[f]:
-                self._finger_impulse[i, f] = np.add.reduce(impulses[f])
-                self._finger_quat[i, f] = fingers[f].entity_pose.q
+                if impulses[f]:
+                    self._finger_impulse[i, f] = np.add.reduce(impulses[f])
+                    self._finger_quat[i, f] = fingers[f].entity_pose.q
 
     def _evaluate(self):
         """PickCube's `evaluate`, with Panda's `is_grasping` and `is_static`."""
