@@ -18,7 +18,7 @@ from PIL import Image
 from test_env import CAMERA, ROOT, Pair, load_policy
 
 import ppo_collect
-from ppo_collect import Args, FrameCollector, StockEnvs, make_contract, make_stock
+from ppo_collect import Args, FrameCollector, PickCubeCPU, StockEnvs, make_contract, make_stock
 
 SMALL = ["--num-eval-envs", "2", "--no-capture-video"]
 
@@ -132,6 +132,33 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
 
     drive(rebuild)
     assert sorted(seen) == sorted(row["file"] for row in rows)
+
+
+@pytest.mark.parametrize("rates, chosen", [
+    (dict(sample_rate_success=1.0), lambda success, placed, near, done: success),
+    (dict(sample_rate_fail_final=1.0), lambda success, placed, near, done: done & ~placed),
+    (dict(sample_rate_near_miss=1.0), lambda success, placed, near, done: near & ~placed),
+    (dict(sample_rate_near_miss=1.0, keep_ambiguous=True), lambda success, placed, near, done: near & ~success),
+], ids=["success", "final", "near miss", "ambiguous"])
+def test_which_frames_are_chosen(tmp_path, rates, chosen):
+    """With rates of 0 and 1: exactly the frames of the kind, in an episode that never succeeds and in the policy's."""
+    none = dict(sample_rate_success=0.0, sample_rate_fail=0.0, sample_rate_fail_final=0.0, sample_rate_near_miss=0.0)
+    args = Args(save_dir=str(tmp_path / "data"), **dict(none, **rates))
+    collector, policy, envs = FrameCollector(args, make_contract(args)), load_policy(), PickCubeCPU(4, camera=CAMERA)
+    torch.manual_seed(0)
+    obs, _ = envs.reset(seed=0)
+    expected = set()
+    for t in range(1, 51):
+        with torch.no_grad():
+            action = policy.get_mean_action(obs)
+        action[0] = 0
+        obs, _, terminated, truncated, info = envs.step(action)
+        done = terminated | truncated
+        mask = chosen(info["success"], info["is_obj_placed"], obs[:, -3:].norm(dim=1) <= 0.05, done)
+        expected |= {(i, t) for i in mask.nonzero().squeeze(-1).tolist()}
+        collector.photograph(envs, obs, info, done, episode=torch.arange(4), step=torch.full((4,), t), global_step=1,
+                             env_steps=4 * t)
+    assert {(row["episode"], row["step"]) for row, _ in collector.pending} == expected != set()
 
 
 def test_a_full_failure_class_takes_new_frames(tmp_path):
