@@ -137,9 +137,13 @@ MAY_BE_ZERO = ("seed", "critic_warmup")
 
 # ---------------------------------------------------------------------------------------------- environment
 
-# A frame shows the scene from the front and from the side: one view cannot tell how deep the goal is behind the cube.
-CAMERA = dict(front=dict(pose=[1.2, 0.0, 0.42, 0.0, -0.09054, 0.0, 0.99589], fov=0.44),  # position, quaternion wxyz; radians
-              side=dict(pose=[0.0, 1.2, 0.42, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.44))
+# A frame shows the goal and what is around it from the front and from the side: one view cannot tell how deep the goal is
+# behind the cube. The cameras are mounted on the goal and move with it (in a task without `goal_site` they stand still).
+CAMERA = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
+    front=dict(mount="goal_site", pose=[1.2, 0.0, 0.22, 0.0, -0.09054, 0.0, 0.99589], fov=0.26),
+    side=dict(mount="goal_site", pose=[0.0, 1.2, 0.22, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.26))
+# Videos show all of the scene.
+VIDEO_CAMERA = dict(view=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
 
 
 def find_task(env_id: str):
@@ -156,20 +160,22 @@ def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, 
     """ManiSkill's own environment, with our render cameras instead of its own.
 
     `camera`: views, {name: dict(pose, fov)}, which share frames of width x height pixels from left to right, and shader_pack.
+    A view with `mount` moves with the task's object of that name, and its pose is relative to it.
     None makes a state-only environment, which also works where there is no Vulkan driver at all.
     """
     import sapien
     from mani_skill.sensors.camera import CameraConfig
 
     task = find_task(env_id)
-    cameras = []
-    if camera:
+
+    def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
-        cameras = [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
-                                view["fov"], shader_pack=camera["shader_pack"])
-                   for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
+        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"], view["fov"],
+                             mount=getattr(env, view.get("mount", ""), None), shader_pack=camera["shader_pack"])
+                for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
+
     own_cameras = task.__dict__.get("_default_human_render_camera_configs")
-    task._default_human_render_camera_configs = cameras  # gym.make can change cameras, but not add one
+    task._default_human_render_camera_configs = property(cameras) if camera else []  # gym.make can add none
     render_backend = sim_backend.replace("physx_cuda", "sapien_cuda") if "cuda" in sim_backend else "cpu"
     material = sapien.render.RenderMaterial
     if camera is None:  # ManiSkill asks Vulkan for the colour of the cube even when nothing is ever drawn
@@ -905,8 +911,9 @@ if __name__ == "__main__":
 
     # Scenes
     args.capture_video = args.capture_video and has_renderer(args.sim_backend)
+    film = dict(views=VIDEO_CAMERA, width=224, height=224, shader_pack="minimal")
     camera = dict(views=contract["camera"], width=args.image_size, height=args.image_size, shader_pack=contract["shader"])
-    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, camera if args.capture_video else None, args.show_goal_site)
+    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, film if args.capture_video else None)
     envs = eval_envs if args.evaluate else make_envs(
         args, args.num_envs // WORLD_SIZE, None if args.oracle else camera, args.show_goal_site)
     device, num_envs = envs.device, envs.num_envs

@@ -27,7 +27,9 @@ def looking(eye, target, fov):
 CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0, 0.1], np.pi / 2),
            "ManiSkill's human render camera, 57 degrees": looking([0.6, 0.7, 0.6], [0, 0, 0.35], 1.0),
            "one view of the workspace, 29 degrees": looking([0.7, 0.4, 0.15], [0, 0, 0.17], 0.5),
-           "ours: two views": CAMERA}
+           "two views of the workspace, 25 degrees": dict(**looking([1.2, 0, 0.42], [0, 0, 0.2], 0.44),
+                                                          side=looking([0, 1.2, 0.42], [0, 0, 0.2], 0.44)["view"]),
+           "ours: two views that follow the goal": CAMERA}
 DIRECTIONS = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if any(d)], float)
 DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)
 NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 60, 4, 200

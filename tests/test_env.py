@@ -137,7 +137,8 @@ def test_frames_equal_the_stock_cameras(show_goal_site):
     pair = Pair(2, 11, camera=CAMERA, show_goal_site=show_goal_site)
     views = []  # a stock environment a view
     for view in CAMERA["views"].values():
-        camera = dict(view, width=224 // len(CAMERA["views"]), height=224, shader_pack="minimal")
+        pose = [*(pair.obs[0, 26:29] + torch.tensor(view["pose"][:3])).tolist(), *view["pose"][3:]]  # relative to the goal
+        camera = dict(pose=pose, fov=view["fov"], width=224 // len(CAMERA["views"]), height=224, shader_pack="minimal")
         views.append(StockEnvs(make_stock(render_backend="cpu", human_render_camera_configs=dict(render_camera=camera)),
                                show_goal_site))
         views[-1].reset(seed=11)
