@@ -567,7 +567,16 @@ def start_ranks(num_procs: int) -> int:
 
 
 def join_ranks(backend: str):
-    """Form the process group of this and the other ranks."""
+    """Form the process group of this and the other ranks. A rank that loses another says so in one line."""
+    python_hook = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"{SCRIPT}: rank {RANK} has lost another rank; continue from the last checkpoint", file=sys.stderr)
+        else:
+            python_hook(kind, error, traceback)
+
+    sys.excepthook = hook
     store, _, _ = next(dist.rendezvous("env://"))
     # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

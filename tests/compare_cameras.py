@@ -3,7 +3,7 @@
     python tests/compare_cameras.py cameras.jpg
 
 Writes the picture of successes and near misses side by side, and prints, as medians over both: how many pixels of 224x224 the
-cube and the goal cover, and how many of them change when the goal moves by 1 cm in the direction in which the picture changes
+cube and the goal cover, and how many of them change when the cube moves by 1 cm in the direction in which the picture changes
 least (of 26); and the share of successes in which less than 10 pixels of the goal can be seen.
 """
 import itertools
@@ -59,7 +59,8 @@ def main(path):
                 pictures.append(envs.render_frames(torch.tensor([i]))[0].numpy())
                 changed = []
                 for direction in DIRECTIONS:
-                    studio.goal_site._objs[0].pose = sapien.Pose(envs._goal_pos[i] + 0.01 * direction)
+                    pose = envs._cube_pose[i]
+                    studio.cube._objs[0].pose = sapien.Pose(pose[:3] + 0.01 * direction, pose[3:])
                     moved = take_pictures(studio, True)[0].numpy()
                     changed.append((np.abs(pictures[-1].astype(int) - moved).max(-1) > 30).sum())
                 r, g, b = pictures[-1].astype(int).transpose(2, 0, 1)

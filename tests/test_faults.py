@@ -194,6 +194,22 @@ def test_torchrun_starts_a_killed_rank_anew(tmp_path):
     check_events(run_dir, 40)
 
 
+def test_a_rank_that_loses_another_says_so(tmp_path):
+    """However slow the launcher is to end the others (here it is halted): one line, no traceback."""
+    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "1000")
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("logs/*/checkpoints/*/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.1)
+    victim, other = ranks_of(process)
+    process.send_signal(signal.SIGSTOP)
+    os.kill(victim, signal.SIGKILL)
+    while open(f"/proc/{other}/stat").read().rpartition(")")[2].split()[0] != "Z" and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "has lost another rank" in err and "Traceback" not in err, err
+
+
 @pytest.mark.parametrize("script", ["ppo_dense", "ppo_resnet_reward", "train_reward_resnet"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):  # noqa: F811
