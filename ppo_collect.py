@@ -1,10 +1,10 @@
 """Stage 1: train PPO on PickCube's dense reward and save labelled frames for the reward model.
 
-Writes  data/success/0001.png ..., data/failure/0001.png ...   224x224 RGB, the folder is the label
-        data/metadata.json   how the frames were made; stages 2 and 4 refuse data and models that do not match
-        data/index.csv       a row a frame: episode, step, distance of the cube to the goal, ...
-        data/preview.png     random frames of both classes
-        logs/<timestamp>-ppo_collect/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+    writes  data/success/0001.png ..., data/failure/0001.png ...   224x224 RGB, the folder is the label
+            data/metadata.json   how the frames were made; stages 2 and 4 refuse data and models that do not match
+            data/index.csv       a row a frame: episode, step, distance of the cube to the goal, ...
+            data/preview.png     random frames of both classes
+            logs/<timestamp>-ppo_collect/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
     python ppo_collect.py --target-success 5000       # on the GPU if there is one, else one process a core
     torchrun --nproc-per-node=8 ppo_collect.py        # eight GPUs
@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -46,7 +46,7 @@ LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same
 
 
 @dataclass
-class Args:
+class RunArgs:
     exp_name: str = SCRIPT
     """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
     seed: int = 1
@@ -68,7 +68,9 @@ class Args:
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 
-    # PPO
+
+@dataclass
+class PPOArgs:
     num_envs: Optional[int] = None
     """parallel scenes of all ranks together; None: 256 on a GPU, 64 on a CPU"""
     num_steps: int = 50
@@ -100,7 +102,9 @@ class Args:
     capture_video: bool = True
     """film the first evaluation scenes, into videos/ and TensorBoard"""
 
-    # Frames
+
+@dataclass
+class FrameArgs:
     target_success: int = 5000
     """success frames to collect"""
     target_failure: int = 5000
@@ -123,6 +127,11 @@ class Args:
     """show the green goal sphere in the frames (stage 4 must match)"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
     """what stage 4 may score with this data: frames that end an episode, or every frame (stage 4 must match)"""
+
+
+@dataclass
+class Args(FrameArgs, PPOArgs, RunArgs):
+    pass
 
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500),
@@ -683,6 +692,13 @@ def load_weights(agent, optimizer, checkpoint):
              "another --env-id or --control-mode?")
 
 
+def parse_args():
+    """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
 def check_args(args) -> int:
     """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
 
@@ -881,7 +897,7 @@ class FrameCollector:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     num_procs = check_args(args)
     args.resume_dir = restarted_run(args) or args.resume_dir
     checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)

@@ -1,6 +1,6 @@
 """Stage 3: train PPO on PickCube's dense reward and stop at global step 100; stage 4 goes on from there.
 
-Writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+    writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
     python ppo_dense.py                               # on the GPU if there is one, else one process a core
     torchrun --nproc-per-node=8 ppo_dense.py          # eight GPUs
@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -39,7 +39,7 @@ LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same
 
 
 @dataclass
-class Args:
+class RunArgs:
     exp_name: str = SCRIPT
     """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
     seed: int = 1
@@ -61,7 +61,9 @@ class Args:
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 
-    # PPO
+
+@dataclass
+class PPOArgs:
     num_envs: Optional[int] = None
     """parallel scenes of all ranks together; None: 1024 on a GPU, 256 on a CPU"""
     num_steps: int = 50
@@ -92,6 +94,11 @@ class Args:
     """global steps between checkpoints"""
     capture_video: bool = True
     """film the first evaluation scenes, into videos/ and TensorBoard"""
+
+
+@dataclass
+class Args(PPOArgs, RunArgs):
+    pass
 
 
 GPU_CPU_DEFAULTS = dict(num_envs=(1024, 256), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
@@ -660,6 +667,13 @@ def load_weights(agent, optimizer, checkpoint):
              "another --env-id or --control-mode?")
 
 
+def parse_args():
+    """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
 def check_args(args) -> int:
     """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
 
@@ -703,7 +717,7 @@ def check_args(args) -> int:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     num_procs = check_args(args)
     args.resume_dir = restarted_run(args) or args.resume_dir
     checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)

@@ -1,7 +1,7 @@
 """Stage 4: go on training the policy of stage 3 with the ResNet of stage 2 as its only reward.
 
-Reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py (only its weights) or of its own (all of it)
-Writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+    reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py (only its weights) or of its own (all of it)
+    writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
     python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_100
     torchrun --nproc-per-node=8 ppo_resnet_reward.py --resume-dir ...
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -49,7 +49,7 @@ LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same
 
 
 @dataclass
-class Args:
+class RunArgs:
     exp_name: str = SCRIPT
     """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
     seed: int = 1
@@ -71,7 +71,9 @@ class Args:
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 
-    # PPO
+
+@dataclass
+class PPOArgs:
     num_envs: Optional[int] = None
     """parallel scenes of all ranks together; None: 256"""
     num_steps: int = 50
@@ -103,7 +105,9 @@ class Args:
     capture_video: bool = True
     """film the first evaluation scenes, into videos/ and TensorBoard"""
 
-    # Reward
+
+@dataclass
+class RewardArgs:
     reward_checkpoint: str = "reward_checkpoints/best_model.pt"
     """the reward model of stage 2"""
     reward_mode: Literal["replace", "add"] = "replace"
@@ -128,6 +132,11 @@ class Args:
     """control experiment: the simulator's own success takes the place of the ResNet's verdict"""
     save_mistakes: Optional[str] = None
     """folder for the frames that the ResNet got wrong, laid out as stage 1's: train on both with --data-path data <folder>"""
+
+
+@dataclass
+class Args(RewardArgs, PPOArgs, RunArgs):
+    pass
 
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 256), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
@@ -843,6 +852,13 @@ def load_weights(agent, optimizer, checkpoint):
              "another --env-id or --control-mode?")
 
 
+def parse_args():
+    """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
 def check_args(args) -> int:
     """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
 
@@ -886,7 +902,7 @@ def check_args(args) -> int:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     num_procs = check_args(args)
     args.resume_dir = restarted_run(args) or args.resume_dir
     checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)

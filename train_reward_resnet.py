@@ -1,11 +1,11 @@
 """Stage 2: train a ResNet that looks at a frame and says whether the task is done. It will be the reward of stage 4.
 
-Reads   data/success/*.png, data/failure/*.png, data/metadata.json, data/index.csv    written by ppo_collect.py
-Writes  reward_checkpoints/best_model.pt    the model with the lowest loss on held-out episodes, and the data's contract
-        reward_checkpoints/last_model.pt    where --resume goes on
-        reward_checkpoints/report.json      accuracy, precision, recall, ... on held-out episodes, by kind of frame
-        reward_checkpoints/mistakes.png     the worst mistakes on them
-        logs/<timestamp>-train_reward_resnet/    TensorBoard events, args.json
+    reads   data/success/*.png, data/failure/*.png, data/metadata.json, data/index.csv    written by ppo_collect.py
+    writes  reward_checkpoints/best_model.pt    the model with the lowest loss on held-out episodes, and the data's contract
+            reward_checkpoints/last_model.pt    where --resume goes on
+            reward_checkpoints/report.json      accuracy, precision, recall, ... on held-out episodes, by kind of frame
+            reward_checkpoints/mistakes.png     the worst mistakes on them
+            logs/<timestamp>-train_reward_resnet/    TensorBoard events, args.json
 
     python train_reward_resnet.py                     # on the GPU if there is one
     torchrun --nproc-per-node=8 train_reward_resnet.py
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -48,7 +48,7 @@ LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same
 
 
 @dataclass
-class Args:
+class RunArgs:
     exp_name: str = SCRIPT
     """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
     seed: int = 1
@@ -68,7 +68,9 @@ class Args:
     evaluate: Optional[str] = None
     """only score this checkpoint on all frames of --data-path"""
 
-    # Model
+
+@dataclass
+class ModelArgs:
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     """torchvision's network (arXiv:1512.03385)"""
     hidden_dim: int = 256
@@ -80,7 +82,9 @@ class Args:
     pretrained: bool = False
     """start from ImageNet weights, downloaded by torchvision"""
 
-    # Training
+
+@dataclass
+class TrainingArgs:
     epochs: Optional[int] = None
     """passes over the frames at most; None: 100 on a GPU, 12 on a CPU"""
     batch_size: Optional[int] = None
@@ -106,6 +110,11 @@ class Args:
     distance_weight: float = 0.2
     """weight of a second loss, the mean absolute error in cm of the cube's distance to the goal, up to 10 cm, which index.csv
     knows of PickCube; 0: learn from the labels alone"""
+
+
+@dataclass
+class Args(TrainingArgs, ModelArgs, RunArgs):
+    pass
 
 
 # ---------------------------------------------------------------------------------------------- reward model
@@ -545,6 +554,13 @@ def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
     return last
 
 
+def parse_args():
+    """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
 def check_training_args(args) -> int:
     """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
 
@@ -571,7 +587,7 @@ def check_training_args(args) -> int:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     num_procs = check_training_args(args)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts has started the ranks anew
         args.resume = Path(args.save_dir, "last_model.pt").exists()

@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("ppo_collect", "train_reward_resnet", "ppo_dense", "ppo_resnet_reward")
-OWN = {"Args", "GPU_CPU_DEFAULTS", "RATES", "MAY_BE_ZERO"}  # differ by nature
+OWN = {"RunArgs", "PPOArgs", "Args", "GPU_CPU_DEFAULTS", "RATES", "MAY_BE_ZERO"}  # differ by nature
 
 
 def definitions(script):
@@ -37,8 +37,9 @@ def test_args_common_to_the_ppo_scripts():
     """Flags of the same name have the same type, and the same text unless their default differs by nature."""
     def flags(script):
         source = (ROOT / f"{script}.py").read_text()
-        body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
-        return {a.target.id: (ast.unparse(a.annotation), ast.unparse(a.value)) for a in body if isinstance(a, ast.AnnAssign)}
+        groups = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name.endswith("Args")]
+        return {a.target.id: (ast.unparse(a.annotation), ast.unparse(a.value)) for group in groups for a in group.body
+                if isinstance(a, ast.AnnAssign)}
 
     dense = flags("ppo_dense")
     for other in ("ppo_collect", "ppo_resnet_reward"):
