@@ -39,7 +39,7 @@ import torchvision
 import tyro
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -77,6 +77,9 @@ class ModelArgs:
     """units of the layer between its features and the logit"""
     input_size: Optional[int] = None
     """side in pixels to which frames are scaled before the first layer; None: 224 on a GPU, 112 on a CPU"""
+    crop: Optional[float] = None
+    """share of each view's height and width, around its middle, that the network looks at; None: 0.5 where all cameras move
+    with something, as stage 1's with the goal, else 1"""
     bf16: Optional[bool] = None
     """train in bfloat16 where that is safe; None: on a GPU, and on a CPU that has instructions for it"""
     pretrained: bool = False
@@ -130,19 +133,22 @@ class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
     because learning it too makes the first one exact (stage 2, --distance-weight)."""
 
-    def __init__(self, arch: str, hidden_dim: int, input_size: int):
+    def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
         super().__init__()
-        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 4096 or not 32 <= input_size <= 1024:
-            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
-        self.input_size = input_size
+        if arch not in ("resnet18", "resnet34", "resnet50") or not (
+                1 <= hidden_dim <= 4096 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
+            raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
+        self.input_size, self.num_views, self.crop = input_size, num_views, crop
         self.resnet = torchvision.models.get_model(arch)
         self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def scale(self, frames):
-        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
-        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8: the middle of each view, side by side."""
+        views = frames.permute(0, 3, 1, 2).tensor_split(self.num_views, dim=3)
+        middles = [center_crop(view, [round(self.crop * side) for side in view.shape[2:]]) for view in views]
+        return resize(torch.cat(middles, 3), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
         """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
@@ -160,7 +166,7 @@ def load_reward_model(path: str, device):
     """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
+        model = RewardModel(*(checkpoint[key] for key in ("arch", "hidden_dim", "input_size", "num_views", "crop")))
         model.load_state_dict(checkpoint["model"])
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
@@ -217,7 +223,10 @@ def read_folder(folder: Path):
         channels, height, width = contract["image_size"]
         if channels != 3 or height != width or not 32 <= height <= 1024:
             raise ValueError("image_size must be [3, S, S] with S from 32 to 1024")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        cameras = contract.get("camera", {}).values()
+        if len(cameras) > 16 or not all(isinstance(view, dict) for view in cameras):
+            raise ValueError("camera must be {name: view}, with 16 views at most")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fail(f"{folder / 'metadata.json'}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: "
              "collect them with ppo_collect.py, or name their folder with --data-path")
     files = {}
@@ -535,7 +544,8 @@ def load_imagenet_weights(model, arch: str):
 def save_model(path: Path, model, contract: dict, args, more: dict):
     buffer = io.BytesIO()
     torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, hidden_dim=args.hidden_dim,
-                    input_size=model.input_size, contract=contract, args=asdict(args), **more), buffer)
+                    input_size=model.input_size, num_views=model.num_views, crop=model.crop, contract=contract,
+                    args=asdict(args), **more), buffer)
     write_file(path, buffer.getvalue(), sync=True)
 
 
@@ -574,7 +584,7 @@ def check_training_args(args) -> int:
                               batch_size=64 if args.cuda else 32, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf),
+    for name, low, high in (("input_size", 32, 1024), ("crop", 0.1, 1), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf),
                             ("batch_size", 2, 65536), ("early_stopping_patience", 1, np.inf),
                             ("num_procs", 1, np.inf), ("threshold", 0, 1), ("val_split", 0.001, 0.9),
                             ("random_shift", 0, 0.5), ("random_rotation", 0, 180), ("random_zoom", 0, 0.9),
@@ -620,7 +630,10 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # Model
-    model = RewardModel(args.arch, args.hidden_dim, args.input_size)
+    cameras = contract.get("camera", {}).values()
+    if args.crop is None:
+        args.crop = 0.5 if cameras and all("mount" in view for view in cameras) else 1.0
+    model = RewardModel(args.arch, args.hidden_dim, args.input_size, max(1, len(cameras)), args.crop)
     if args.pretrained:
         on_rank0(load_imagenet_weights, model, args.arch)
     model.to(device, memory_format=torch.channels_last)
@@ -642,7 +655,7 @@ if __name__ == "__main__":
 
     # Where an interrupted training stopped
     state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, run_dir=None)
-    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "seed", "val_split")}
+    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "crop", "seed", "val_split")}
     fixed["sizes"] = sizes
     if args.resume:
         last = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, model, optimizer)

@@ -40,7 +40,7 @@ def random_reward_model(path, **wrong):
     """A ResNet that has learned nothing, for frames of the default contract; `wrong` fields of it may differ."""
     torch.manual_seed(0)
     model = RewardModel("resnet18", 32, 64)
-    torch.save(dict(arch="resnet18", hidden_dim=32, input_size=64, model=model.state_dict(),
+    torch.save(dict(arch="resnet18", hidden_dim=32, input_size=64, num_views=1, crop=1.0, model=model.state_dict(),
                     contract=dict(make_contract(Args()), **wrong)), path)
     return path
 

@@ -274,7 +274,7 @@ def foreign(path):
 
 
 def huge(path):
-    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, model={}, contract={}), path)
+    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, num_views=1, crop=1.0, model={}, contract={}), path)
 
 
 def empty(path):
