@@ -23,7 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_collect import check_folder, install_policy
 from test_env import ROOT
 from test_resnet_reward import dense_checkpoint, random_reward_model
-from test_reward_resnet import data, frames  # noqa: F401  (fixtures)
 
 KILLS = int(os.environ.get("FAULT_KILLS", 3))
 PPO = ["--num-procs", "2", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "2", "--num-steps", "25",
@@ -120,7 +119,7 @@ def test_kill_stage_1(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", [random.randrange(10**6)])
-def test_kill_stage_2(data, tmp_path, seed):  # noqa: F811
+def test_kill_stage_2(data, tmp_path, seed):
     """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
     args = ["--num-procs", "2", "--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
             "--early-stopping-patience", "99", "--epochs", 6 + 2 * KILLS]
@@ -212,7 +211,7 @@ def test_a_rank_that_loses_another_says_so(tmp_path):
 
 @pytest.mark.parametrize("script", ["ppo_dense", "ppo_resnet_reward", "train_reward_resnet"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):  # noqa: F811
+def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
     """Exit code 0, a checkpoint, and a printed command that really goes on. (Stage 1: test_collect.py.)"""
     if script == "train_reward_resnet":
         args = ["--num-procs", "2", "--input-size", "64", "--epochs", "12"]
@@ -259,7 +258,7 @@ def flip_bytes(content, rng):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fuzzed_files_of_stage_2(data, tmp_path, seed):  # noqa: F811
+def test_fuzzed_files_of_stage_2(data, tmp_path, seed):
     """metadata.json, index.csv, PNGs and checkpoints with damaged bytes: read well, or refused with one line. In one process,
     with the functions that the script calls first; nothing outside the folder changes."""
     import train_reward_resnet as stage_2
@@ -304,7 +303,7 @@ def test_fuzzed_checkpoints_of_ppo(tmp_path):
     assert refused > 20
 
 
-def test_a_moved_frame_is_noticed(data, tmp_path):  # noqa: F811
+def test_a_moved_frame_is_noticed(data, tmp_path):
     """A success put in the place of the failure of the same number: the frame itself knows better than its folder."""
     shutil.copy(data / "success/0002.png", data / "failure/0002.png")
     process = start("train_reward_resnet", tmp_path, "--num-procs", "1", "--epochs", "1")
@@ -312,7 +311,7 @@ def test_a_moved_frame_is_noticed(data, tmp_path):  # noqa: F811
     assert process.returncode == 2 and "failure/0002.png was collected as a success" in err and "Traceback" not in err
 
 
-def test_odd_folders(data, tmp_path):  # noqa: F811
+def test_odd_folders(data, tmp_path):
     """Spaces in paths, a data folder that is a link, and a save folder that cannot be written."""
     odd = tmp_path / "odd name"
     odd.mkdir()

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_env import CAMERA, ROOT, load_policy
+from test_env import ROOT
 
 import train_reward_resnet
-from ppo_collect import Args, FrameCollector, PickCubeCPU, make_contract
-from train_reward_resnet import augment, load_reward_model, read_data, score, split_by_episode
+from train_reward_resnet import RewardModel, augment, load_reward_model, read_data, score, split_by_episode
 
 SMALL = ["--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
@@ -32,39 +31,6 @@ def run(cwd, *args, code=0):
     return out, err
 
 
-@pytest.fixture(scope="session")
-def frames(tmp_path_factory):
-    """64 successes of the trained policy, and 64 frames with the cube more than 10 cm from the goal."""
-    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=64, target_failure=64)
-    collector, policy = FrameCollector(args, make_contract(args)), load_policy()
-    torch.manual_seed(0)
-    envs = PickCubeCPU(16, camera=CAMERA)
-    obs, _ = envs.reset(seed=0)
-    episode, step = torch.arange(16), torch.zeros(16, dtype=torch.int64)
-    args.sample_rate_fail = 0.2
-    while collector.share() < 1:
-        with torch.no_grad():
-            obs, _, terminated, truncated, info = envs.step(policy.get_action_and_logprob(obs)[0])
-        done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
-        info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
-        step += 1
-        if len(collector.pending) < 200:
-            collector.photograph(envs, obs, info, done, episode=episode, step=step, global_step=1, env_steps=0)
-        if done.any():
-            idx = done.nonzero().squeeze(-1)
-            obs, _ = envs.reset(options=dict(env_idx=idx))
-            episode[idx] += 16
-            step[idx] = 0
-            collector.file()
-    return Path(args.save_dir)
-
-
-@pytest.fixture
-def data(frames, tmp_path):
-    shutil.copytree(frames, tmp_path / "data")
-    return tmp_path / "data"
-
-
 def test_learns_easy_frames(data, tmp_path):
     """Far failures against successes: all of the held-out frames are right after seconds; the contract travels."""
     out, _ = run(tmp_path, "--epochs", "30")
@@ -76,6 +42,7 @@ def test_learns_easy_frames(data, tmp_path):
         picture.verify()
     model, contract = load_reward_model(tmp_path / "reward_checkpoints/best_model.pt", torch.device("cpu"))
     assert contract == json.loads((data / "metadata.json").read_text())
+    assert (model.num_views, model.crop, model.input_size) == (2, 0.5, 96)
     for label in ("success", "failure"):
         pictures = [np.asarray(Image.open(f)) for f in sorted((data / label).iterdir())]
         probs = model.predict(torch.from_numpy(np.stack(pictures)))
@@ -161,6 +128,24 @@ def test_scores():
     assert report["kinds"]["none"]["accuracy"] is None
     nothing = score(np.full(4, 0.2), np.array([1, 0, 0, 1], bool), {}, 0.5)
     assert nothing["precision"] is None and nothing["roc_auc"] == 0.5 and nothing["threshold_995"] is None
+
+
+def test_the_network_sees_the_middle_of_each_view():
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
+    middles = torch.cat([frames[:, 16:48, 8:24], frames[:, 16:48, 40:56]], 2)
+    assert torch.equal(RewardModel("resnet18", 8, 32, num_views=2, crop=0.5).scale(frames), middles)
+    assert torch.equal(RewardModel("resnet18", 8, 64).scale(frames), frames)
+    with pytest.raises(ValueError):
+        RewardModel("resnet18", 8, 32, num_views=2, crop=0.01)
+
+
+@pytest.mark.parametrize("camera", [None, [1, 2], dict(front=3), {str(k): {} for k in range(17)}])
+def test_odd_cameras_are_refused(data, camera, capsys):
+    contract = json.loads((data / "metadata.json").read_text())
+    (data / "metadata.json").write_text(json.dumps(dict(contract, camera=camera)))
+    with pytest.raises(SystemExit):
+        read_data([str(data)])
+    assert "metadata.json: " in capsys.readouterr().err
 
 
 def test_augmentation_moves_whole_frames():

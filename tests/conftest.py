@@ -1,0 +1,42 @@
+"""A small folder of real rendered frames, for the tests of stage 2."""
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_env import CAMERA, load_policy
+
+from ppo_collect import Args, FrameCollector, PickCubeCPU, make_contract
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory):
+    """64 successes of the trained policy, and 64 frames with the cube more than 10 cm from the goal."""
+    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=64, target_failure=64)
+    collector, policy = FrameCollector(args, make_contract(args)), load_policy()
+    torch.manual_seed(0)
+    envs = PickCubeCPU(16, camera=CAMERA)
+    obs, _ = envs.reset(seed=0)
+    episode, step = torch.arange(16), torch.zeros(16, dtype=torch.int64)
+    args.sample_rate_fail = 0.06
+    while collector.share() < 1:
+        with torch.no_grad():
+            obs, _, terminated, truncated, info = envs.step(policy.get_action_and_logprob(obs)[0])
+        done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
+        info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
+        step += 1
+        if len(collector.pending) < 200:
+            collector.photograph(envs, obs, info, done, episode=episode, step=step, global_step=1, env_steps=0)
+        if done.any():
+            idx = done.nonzero().squeeze(-1)
+            obs, _ = envs.reset(options=dict(env_idx=idx))
+            episode[idx] += 16
+            step[idx] = 0
+            collector.file()
+    return Path(args.save_dir)
+
+
+@pytest.fixture
+def data(frames, tmp_path):
+    shutil.copytree(frames, tmp_path / "data")
+    return tmp_path / "data"
