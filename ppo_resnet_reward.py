@@ -594,10 +594,10 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        """(K, S, S, 3) uint8 frames from `scale` -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(f.to(device))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
@@ -624,7 +624,7 @@ def resnet_reward(reward_model, envs, env_reward, success, scored, args):
     """
     reward = env_reward.clone() if args.reward_mode == "add" else torch.zeros_like(env_reward)
     frames = envs.render_frames(scored) if len(scored) and not args.oracle else None
-    probs = success[scored].float() if frames is None else reward_model.predict(frames)
+    probs = success[scored].float() if frames is None else reward_model.predict(reward_model.scale(frames))
     reward[scored] += args.alpha * (probs if args.use_soft_reward else (probs > args.threshold).float())
     return reward, probs, frames
 

@@ -156,10 +156,10 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        """(K, S, S, 3) uint8 frames from `scale` -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(f.to(device))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):

@@ -210,7 +210,8 @@ def test_help_names_every_flag(script):
 def test_shapes():
     """uint8 frames of any size in, one float32 probability each out."""
     model = RewardModel("resnet34", 8, 32).eval()
-    probs = model.predict(torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8)), 2)
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8))
+    probs = model.predict(model.scale(frames), batch_size=2)
     assert probs.shape == (5,) and probs.dtype == torch.float32 and ((probs > 0) & (probs < 1)).all()
     with pytest.raises(ValueError):
         RewardModel("resnet18", 10**9, 64)

@@ -45,7 +45,7 @@ def test_learns_easy_frames(data, tmp_path):
     assert (model.num_views, model.crop, model.input_size) == (2, 0.5, 96)
     for label in ("success", "failure"):
         pictures = [np.asarray(Image.open(f)) for f in sorted((data / label).iterdir())]
-        probs = model.predict(torch.from_numpy(np.stack(pictures)))
+        probs = model.predict(model.scale(torch.from_numpy(np.stack(pictures))))
         assert probs.shape == (64,) and ((probs > 0.5) == (label == "success")).float().mean() > 0.95
     assert list(tmp_path.glob("logs/*-train_reward_resnet/events*")) and list(tmp_path.glob("logs/*/args.json"))
 
