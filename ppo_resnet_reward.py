@@ -568,8 +568,8 @@ def fast_bf16(device_type: str) -> bool:
 
 
 class RewardModel(nn.Module):
-    """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
-    because learning it too makes the first one exact (stage 2, --distance-weight)."""
+    """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to the goal, are
+    there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
 
     def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
         super().__init__()
@@ -578,7 +578,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
         self.input_size, self.num_views, self.crop = input_size, num_views, crop
         self.resnet = torchvision.models.get_model(arch)
-        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
+        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 4))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -589,8 +589,9 @@ class RewardModel(nn.Module):
         return resize(torch.cat(middles, 3), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
-        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
-        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float().unbind(1)
+        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K, 3) float32 vectors in cm. NHWC is channels_last."""
+        outputs = self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float()
+        return outputs[:, 0], outputs[:, 1:]
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
@@ -630,9 +631,11 @@ def resnet_reward(reward_model, envs, env_reward, success, scored, args):
 
 
 LABELS = ("success", "failure")
-COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", "is_obj_placed",
-           "is_robot_static", "is_grasped")
-"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is in metres (PickCube only), flags are 0 or 1"""
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
+COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
+           "is_obj_placed", "is_robot_static", "is_grasped")
+"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the
+cube to the goal in metres (PickCube only), flags are 0 or 1"""
 
 
 def make_contract(args) -> dict:
@@ -1032,7 +1035,8 @@ if __name__ == "__main__":
                            episode=int(episode_id[i]), step=int(episode_len[i]), is_final=int(done[i]),
                            global_step=global_step, env_steps=env_steps)
                 if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-                    row["cube_to_goal"] = round(current_obs[i, -3:].norm().item(), 5)
+                    to_goal = current_obs[i, -3:].double()
+                    row |= zip(("cube_to_goal", *TO_GOAL), [round(x, 5) for x in [to_goal.norm().item(), *to_goal.tolist()]])
                 mistakes.append((frames[k].cpu().numpy(), row))
 
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
