@@ -574,11 +574,13 @@ class RewardModel(nn.Module):
     def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
         super().__init__()
         if arch not in ("resnet18", "resnet34", "resnet50") or not (
-                1 <= hidden_dim <= 4096 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
+                1 <= hidden_dim <= 1024 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
             raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
         self.input_size, self.num_views, self.crop = input_size, num_views, crop
         self.resnet = torchvision.models.get_model(arch)
-        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 4))
+        self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
+        features = self.resnet.fc.in_features * 4 * 4
+        self.resnet.fc = nn.Sequential(nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 4))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
