@@ -744,11 +744,9 @@ def check_args(args) -> int:
 # ---------------------------------------------------------------------------------------------- frames
 
 LABELS = ("success", "failure")
-TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
-COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
-           "is_obj_placed", "is_robot_static", "is_grasped")
-"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the
-cube to the goal in metres (PickCube only), flags are 0 or 1"""
+COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", "is_obj_placed",
+           "is_robot_static", "is_grasped")
+"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is in metres (PickCube only), flags are 0 or 1"""
 
 
 def make_contract(args) -> dict:
@@ -845,8 +843,7 @@ class FrameCollector:
         columns = {key: value[idx].int().tolist() for key, value in columns.items()}
         columns |= {key: counters[key][idx].tolist() for key in ("episode", "step")}
         if args.env_id == "PickCube-v1":
-            to_goal = torch.cat([cube_to_goal[idx, None], obs[idx, -3:]], 1).T
-            columns |= zip(("cube_to_goal", *TO_GOAL), to_goal.double().round(decimals=5).tolist())
+            columns["cube_to_goal"] = [round(d, 5) for d in cube_to_goal[idx].tolist()]
         for k, (frame, succeeded) in enumerate(zip(envs.render_frames(idx).cpu().numpy(), success[idx].tolist())):
             row = dict({key: values[k] for key, values in columns.items()}, label=LABELS[not succeeded],
                        global_step=counters["global_step"], env_steps=counters["env_steps"])

@@ -14,7 +14,7 @@ from PIL import Image
 from test_env import ROOT
 
 import train_reward_resnet
-from train_reward_resnet import RewardModel, augment, load_reward_model, read_data, score, split_by_episode
+from train_reward_resnet import augment, load_reward_model, read_data, score, split_by_episode
 
 SMALL = ["--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
@@ -42,10 +42,9 @@ def test_learns_easy_frames(data, tmp_path):
         picture.verify()
     model, contract = load_reward_model(tmp_path / "reward_checkpoints/best_model.pt", torch.device("cpu"))
     assert contract == json.loads((data / "metadata.json").read_text())
-    assert (model.num_views, model.crop, model.input_size) == (2, 0.5, 96)
     for label in ("success", "failure"):
         pictures = [np.asarray(Image.open(f)) for f in sorted((data / label).iterdir())]
-        probs = model.predict(model.scale(torch.from_numpy(np.stack(pictures))))
+        probs = model.predict(torch.from_numpy(np.stack(pictures)))
         assert probs.shape == (64,) and ((probs > 0.5) == (label == "success")).float().mean() > 0.95
     assert list(tmp_path.glob("logs/*-train_reward_resnet/events*")) and list(tmp_path.glob("logs/*/args.json"))
 
@@ -130,41 +129,34 @@ def test_scores():
     assert nothing["precision"] is None and nothing["roc_auc"] == 0.5 and nothing["threshold_995"] is None
 
 
-def test_the_network_sees_the_middle_of_each_view():
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
-    middles = torch.cat([frames[:, 16:48, 8:24], frames[:, 16:48, 40:56]], 2)
-    assert torch.equal(RewardModel("resnet18", 8, 32, num_views=2, crop=0.5).scale(frames), middles)
-    assert torch.equal(RewardModel("resnet18", 8, 64).scale(frames), frames)
-    with pytest.raises(ValueError):
-        RewardModel("resnet18", 8, 32, num_views=2, crop=0.01)
-
-
-@pytest.mark.parametrize("camera", [None, [1, 2], dict(front=3), {str(k): {} for k in range(17)}])
-def test_odd_cameras_are_refused(data, camera, capsys):
-    contract = json.loads((data / "metadata.json").read_text())
-    (data / "metadata.json").write_text(json.dumps(dict(contract, camera=camera)))
-    with pytest.raises(SystemExit):
-        read_data([str(data)])
-    assert "metadata.json: " in capsys.readouterr().err
-
-
 def test_augmentation_moves_whole_frames():
-    """By whole pixels, in both directions, each frame by its own; the edges are repeated; colours keep their proportions."""
+    """Two dots keep their distance (times the zoom) and, without rotation, their direction."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    frames = torch.from_numpy(rng.integers(50, 200, (100, 32, 32, 3), dtype=np.uint8))
-    still = augment(frames, train_reward_resnet.Args(random_shift=0.0, color_jitter=0.0))
-    assert still.dtype == torch.float32 and torch.equal(still, frames.float())
-    moved, shifts = augment(frames, train_reward_resnet.Args(random_shift=0.1, color_jitter=0.0)), set()
-    for before, after in zip(frames.float(), moved):
-        padded = np.pad(before.numpy(), ((3, 3), (3, 3), (0, 0)), mode="edge")
-        fits = [(y, x) for y in range(7) for x in range(7) if np.array_equal(padded[y:y + 32, x:x + 32], after)]
-        assert len(fits) == 1
-        shifts.add(fits[0])
-    assert len(shifts) > 30
-    bright = augment(frames, train_reward_resnet.Args(random_shift=0.0, color_jitter=0.2))
-    assert 0.7 < (bright.mean((1, 2, 3)) / frames.float().mean((1, 2, 3))).min() < 0.9
-    assert 0.7 < (bright.std((1, 2, 3)) / frames.float().std((1, 2, 3))).min() < 0.9
+    still = dict(random_shift=0.0, random_rotation=0.0, random_zoom=0.0, color_jitter=0.0)
+    frames = torch.zeros(200, 64, 64, 3, dtype=torch.uint8)
+    frames[:, 24:27, 30:33], frames[:, 40:43, 30:33] = 240, 120
+    torch.testing.assert_close(augment(frames, train_reward_resnet.Args(**still)), frames.float(), atol=0.1, rtol=0)
+
+    def dots(**change):
+        """Vectors (200, 2) from the brighter dot to the other, and the brighter one's place, in pixels (y, x)."""
+        moved, places = augment(frames, train_reward_resnet.Args(**dict(still, **change))).mean(-1), []
+        grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))
+        bright = moved.flatten(1).argmax(1)
+        near = ((grid[:, None] - torch.stack([bright // 64, bright % 64])[:, :, None, None]).norm(dim=0) < 6).float()
+        for weight in (moved * near, moved * (1 - near)):
+            places.append((weight[:, None] * grid).sum((2, 3)) / weight.sum((1, 2))[:, None])
+        return places[1] - places[0], places[0]
+
+    vector, place = dots(random_shift=0.1)
+    assert (vector - torch.tensor([16.0, 0.0])).abs().max() < 0.2
+    assert (place - torch.tensor([25.0, 31.0])).abs().max() < 6.8 and place.std(0).min() > 3
+    vector, _ = dots(random_rotation=10.0)
+    angle = torch.atan2(vector[:, 1], vector[:, 0]).rad2deg()
+    assert (vector.norm(dim=1) - 16).abs().max() < 0.3 and angle.abs().max() < 10.5 and angle.std() > 4
+    vector, _ = dots(random_zoom=0.2)
+    assert 16 / 1.25 < vector[:, 0].min() < 14 and 18 < vector[:, 0].max() < 16 / 0.75
+    bright = augment(frames, train_reward_resnet.Args(**dict(still, color_jitter=0.2))).amax((1, 2, 3))
+    assert 0.8 * 240 - 5 < bright.min() < 215 and 265 < bright.max() < 1.2 * 240 + 5
 
 
 def no_metadata(data):
@@ -248,7 +240,7 @@ def foreign(path):
 
 
 def huge(path):
-    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, num_views=1, crop=1.0, model={}, contract={}), path)
+    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, model={}, contract={}), path)
 
 
 def empty(path):
