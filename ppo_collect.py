@@ -50,7 +50,7 @@ class RunArgs:
     exp_name: str = SCRIPT
     """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
     seed: int = 1
-    """seed of the scenes, the policy and the sampling of frames; evaluation has its own, fixed seeds"""
+    """seed of the scenes and the policy; evaluation has its own, fixed seeds"""
     cuda: bool = True
     """simulate and train on the GPU when there is one"""
     env_id: str = "PickCube-v1"

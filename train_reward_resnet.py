@@ -48,7 +48,7 @@ LAUNCHER = f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"  # the same
 
 
 @dataclass
-class RunArgs:
+class GeneralArgs:
     exp_name: str = SCRIPT
     """the run's folder is <log-dir>/<timestamp>-<exp-name>"""
     seed: int = 1
@@ -113,7 +113,7 @@ class TrainingArgs:
 
 
 @dataclass
-class Args(TrainingArgs, ModelArgs, RunArgs):
+class Args(TrainingArgs, ModelArgs, GeneralArgs):
     pass
 
 

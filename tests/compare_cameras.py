@@ -32,7 +32,7 @@ CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0
            "ours: two views that follow the goal": CAMERA}
 DIRECTIONS = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if d > (0, 0, 0)], float)
 DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)
-NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 40, 4, 200
+NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 24, 4, 200
 
 
 def main(path):

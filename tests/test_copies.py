@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("ppo_collect", "train_reward_resnet", "ppo_dense", "ppo_resnet_reward")
-OWN = {"RunArgs", "PPOArgs", "Args", "GPU_CPU_DEFAULTS", "RATES", "MAY_BE_ZERO"}  # differ by nature
+OWN = {"PPOArgs", "Args", "GPU_CPU_DEFAULTS", "RATES", "MAY_BE_ZERO"}  # differ by nature
 
 
 def definitions(script):
