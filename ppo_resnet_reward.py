@@ -40,7 +40,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -571,19 +571,24 @@ class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
     because learning it too makes the first one exact (stage 2, --distance-weight)."""
 
-    def __init__(self, arch: str, hidden_dim: int, input_size: int):
+    def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
         super().__init__()
-        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 4096 or not 32 <= input_size <= 1024:
-            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
-        self.input_size = input_size
+        if arch not in ("resnet18", "resnet34", "resnet50") or not (
+                1 <= hidden_dim <= 1024 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
+            raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
+        self.input_size, self.num_views, self.crop = input_size, num_views, crop
         self.resnet = torchvision.models.get_model(arch)
-        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
+        self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
+        features = self.resnet.fc.in_features * 4 * 4
+        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def scale(self, frames):
-        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
-        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8: the middle of each view, side by side."""
+        views = frames.permute(0, 3, 1, 2).tensor_split(self.num_views, dim=3)
+        middles = [center_crop(view, [round(self.crop * side) for side in view.shape[2:]]) for view in views]
+        return resize(torch.cat(middles, 3), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
         """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
@@ -591,17 +596,17 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        """(K, S, S, 3) uint8 frames from `scale` -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(f.to(device))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
     """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
+        model = RewardModel(*(checkpoint[key] for key in ("arch", "hidden_dim", "input_size", "num_views", "crop")))
         model.load_state_dict(checkpoint["model"])
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
@@ -621,7 +626,7 @@ def resnet_reward(reward_model, envs, env_reward, success, scored, args):
     """
     reward = env_reward.clone() if args.reward_mode == "add" else torch.zeros_like(env_reward)
     frames = envs.render_frames(scored) if len(scored) and not args.oracle else None
-    probs = success[scored].float() if frames is None else reward_model.predict(frames)
+    probs = success[scored].float() if frames is None else reward_model.predict(reward_model.scale(frames))
     reward[scored] += args.alpha * (probs if args.use_soft_reward else (probs > args.threshold).float())
     return reward, probs, frames
 

@@ -39,7 +39,7 @@ import torchvision
 import tyro
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -77,6 +77,9 @@ class ModelArgs:
     """units of the layer between its features and the logit"""
     input_size: Optional[int] = None
     """side in pixels to which frames are scaled before the first layer; None: 224 on a GPU, 112 on a CPU"""
+    crop: Optional[float] = None
+    """share of each view's height and width, around its middle, that the network looks at; None: 0.65 where all cameras move
+    with something, as stage 1's with the goal, else 1"""
     bf16: Optional[bool] = None
     """train in bfloat16 where that is safe; None: on a GPU, and on a CPU that has instructions for it"""
     pretrained: bool = False
@@ -86,7 +89,7 @@ class ModelArgs:
 @dataclass
 class TrainingArgs:
     epochs: Optional[int] = None
-    """passes over the frames at most; None: 100 on a GPU, 12 on a CPU"""
+    """passes over the frames at most; None: 100 on a GPU, 18 on a CPU"""
     batch_size: Optional[int] = None
     """frames of all ranks together in one step; None: 64 on a GPU, 32 on a CPU"""
     lr: Optional[float] = None
@@ -107,6 +110,10 @@ class TrainingArgs:
     """augmentation: enlarge or reduce frames by up to this share"""
     color_jitter: float = 0.2
     """augmentation: change brightness and contrast by up to this share"""
+    easy_loss: float = 0.01
+    """a frame whose loss was below this the last time is shown in every third epoch only; 0: in all of them"""
+    final_weight: float = 2.0
+    """weight in the loss of frames that end an episode, which are what stage 4 scores (others weigh 1)"""
     distance_weight: float = 0.2
     """weight of a second loss, the mean absolute error in cm of the cube's distance to the goal, up to 10 cm, which index.csv
     knows of PickCube; 0: learn from the labels alone"""
@@ -130,19 +137,24 @@ class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
     because learning it too makes the first one exact (stage 2, --distance-weight)."""
 
-    def __init__(self, arch: str, hidden_dim: int, input_size: int):
+    def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
         super().__init__()
-        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 4096 or not 32 <= input_size <= 1024:
-            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
-        self.input_size = input_size
+        if arch not in ("resnet18", "resnet34", "resnet50") or not (
+                1 <= hidden_dim <= 1024 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
+            raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
+        self.input_size, self.num_views, self.crop = input_size, num_views, crop
         self.resnet = torchvision.models.get_model(arch)
-        self.resnet.fc = nn.Sequential(nn.Linear(self.resnet.fc.in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
+        self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
+        features = self.resnet.fc.in_features * 4 * 4
+        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def scale(self, frames):
-        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
-        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8: the middle of each view, side by side."""
+        views = frames.permute(0, 3, 1, 2).tensor_split(self.num_views, dim=3)
+        middles = [center_crop(view, [round(self.crop * side) for side in view.shape[2:]]) for view in views]
+        return resize(torch.cat(middles, 3), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
         """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
@@ -150,17 +162,17 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        """(K, S, S, 3) uint8 frames from `scale` -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(f.to(device))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
     """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
+        model = RewardModel(*(checkpoint[key] for key in ("arch", "hidden_dim", "input_size", "num_views", "crop")))
         model.load_state_dict(checkpoint["model"])
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
@@ -217,7 +229,10 @@ def read_folder(folder: Path):
         channels, height, width = contract["image_size"]
         if channels != 3 or height != width or not 32 <= height <= 1024:
             raise ValueError("image_size must be [3, S, S] with S from 32 to 1024")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        cameras = contract.get("camera", {}).values()
+        if len(cameras) > 16 or not all(isinstance(view, dict) for view in cameras):
+            raise ValueError("camera must be {name: view}, with 16 views at most")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fail(f"{folder / 'metadata.json'}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: "
              "collect them with ppo_collect.py, or name their folder with --data-path")
     files = {}
@@ -535,7 +550,8 @@ def load_imagenet_weights(model, arch: str):
 def save_model(path: Path, model, contract: dict, args, more: dict):
     buffer = io.BytesIO()
     torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, hidden_dim=args.hidden_dim,
-                    input_size=model.input_size, contract=contract, args=asdict(args), **more), buffer)
+                    input_size=model.input_size, num_views=model.num_views, crop=model.crop, contract=contract,
+                    args=asdict(args), **more), buffer)
     write_file(path, buffer.getvalue(), sync=True)
 
 
@@ -570,15 +586,16 @@ def check_training_args(args) -> int:
     args.cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = fast_bf16("cuda" if args.cuda else "cpu")
-    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 12,
+    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 18,
                               batch_size=64 if args.cuda else 32, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 4096), ("epochs", 1, np.inf),
+    for name, low, high in (("input_size", 32, 1024), ("crop", 0.1, 1), ("hidden_dim", 1, 1024), ("epochs", 1, np.inf),
                             ("batch_size", 2, 65536), ("early_stopping_patience", 1, np.inf),
                             ("num_procs", 1, np.inf), ("threshold", 0, 1), ("val_split", 0.001, 0.9),
                             ("random_shift", 0, 0.5), ("random_rotation", 0, 180), ("random_zoom", 0, 0.9),
-                            ("color_jitter", 0, 0.9), ("distance_weight", 0, 100), ("lr", 0, 1)):
+                            ("color_jitter", 0, 0.9), ("easy_loss", 0, 1), ("final_weight", 0, 100),
+                            ("distance_weight", 0, 100), ("lr", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}" if high < np.inf
@@ -620,7 +637,10 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # Model
-    model = RewardModel(args.arch, args.hidden_dim, args.input_size)
+    cameras = contract.get("camera", {}).values()
+    if args.crop is None:
+        args.crop = 0.65 if cameras and all("mount" in view for view in cameras) else 1.0
+    model = RewardModel(args.arch, args.hidden_dim, args.input_size, max(1, len(cameras)), args.crop)
     if args.pretrained:
         on_rank0(load_imagenet_weights, model, args.arch)
     model.to(device, memory_format=torch.channels_last)
@@ -634,19 +654,20 @@ if __name__ == "__main__":
     val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
     train_cm = torch.from_numpy(100 * distances[train_idx[RANK::WORLD_SIZE]]).clamp(max=10)
+    train_weights = 1 + (args.final_weight - 1) * torch.from_numpy(kinds[KINDS[0]][train_idx[RANK::WORLD_SIZE]]).float()
+    frame_losses = torch.full((len(train_idx[RANK::WORLD_SIZE]),), torch.inf)  # of each frame when it was shown last
     sizes = [len(train_idx), len(val_idx)]
-    steps = max(1, sizes[0] // args.batch_size)
     if RANK == 0:
-        print(f"{sizes[0]} frames to train on and {sizes[1]} held out, in whole episodes; {WORLD_SIZE} rank(s) on {device}, "
-              f"{steps} steps an epoch")
+        print(f"{sizes[0]} frames to train on and {sizes[1]} held out, in whole episodes; {WORLD_SIZE} rank(s) on {device}")
 
     # Where an interrupted training stopped
     state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, run_dir=None)
-    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "seed", "val_split")}
+    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "crop", "seed", "val_split")}
     fixed["sizes"] = sizes
     if args.resume:
         last = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, model, optimizer)
         state = {name: last[name] for name in state}
+        frame_losses = last["frame_losses"][RANK::WORLD_SIZE].clone()
     state["run_dir"] = on_rank0(open_folders, args, state["run_dir"])
     writer = SummaryWriter(state["run_dir"], purge_step=state["epoch"] + 1) if RANK == 0 else None
     if WORLD_SIZE > 1:
@@ -662,8 +683,12 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs)
         model.train()
-        train_loss = torch.zeros((), device=device)
-        batches = torch.randperm(len(train_frames)).tensor_split(steps)
+        order = torch.randperm(len(train_frames))
+        easy = frame_losses[order] < args.easy_loss
+        order = order[~easy | (easy.cumsum(0) % 3 == 1)]
+        shown = int(all_reduce_sum(torch.tensor(len(order))))
+        batches = order.tensor_split(max(1, shown // args.batch_size))  # as many on every rank
+        new_losses = frame_losses.to(device, copy=True)  # an interrupted epoch changes nothing
         for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch}", unit="step", leave=False, disable=RANK > 0)):
             if step % 10 == 0 and any(gather_all(bool(stop_signals))):
                 interrupted = True
@@ -671,23 +696,26 @@ if __name__ == "__main__":
             x = augment(train_frames[batch].to(device), args)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits, cm = model(x)
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, train_labels[batch].to(device))
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits, train_labels[batch].to(device), reduction="none")
             cm_error = (cm - train_cm[batch].to(device)).abs().nan_to_num()  # NaN: the distance is not known
             optimizer.zero_grad()
-            (loss + args.distance_weight * cm_error.mean()).backward()
+            (train_weights[batch].to(device) * losses + args.distance_weight * cm_error).mean().backward()
             average_gradients(parameters)
             optimizer.step()
-            train_loss += loss.detach() / steps
+            new_losses[batch.to(device)] = losses.detach()
         if interrupted:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
             break
         if WORLD_SIZE > 1:
             for buffer in model.buffers():  # the statistics of batch normalisation
                 buffer.copy_(all_reduce_sum(buffer) / WORLD_SIZE)
-        images_per_s = len(train_idx) / (time.time() - start_time)
+        images_per_s = shown / (time.time() - start_time)
+        frame_losses = new_losses.cpu()
 
         # Validate
         model.eval()
-        train_loss = all_reduce_sum(train_loss).item() / WORLD_SIZE
+        all_losses = torch.from_numpy(join(frame_losses))
+        train_loss = all_losses.mean().item()
         probs = torch.from_numpy(join(model.predict(val_frames)))
         val_loss = nn.functional.binary_cross_entropy(probs, torch.from_numpy(labels[val_idx]).float()).item()
         if not np.isfinite([train_loss, val_loss]).all():
@@ -700,7 +728,7 @@ if __name__ == "__main__":
             state |= dict(best_epoch=epoch, best_loss=val_loss)
             on_rank0(save_model, Path(args.save_dir, "best_model.pt"), model, contract, args, dict(epoch=epoch))
         on_rank0(save_model, Path(args.save_dir, "last_model.pt"), model, contract, args,
-                 dict(state, fixed=fixed, optimizer=optimizer.state_dict()))
+                 dict(state, fixed=fixed, optimizer=optimizer.state_dict(), frame_losses=all_losses))
 
         # Log
         if RANK == 0:
@@ -711,8 +739,9 @@ if __name__ == "__main__":
                     scalars[f"reward_model/{name}"] = report[name]
             for name, value in scalars.items():
                 writer.add_scalar(name, value, epoch)
-            print(f"epoch {epoch}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy {report['accuracy']:.4f}, "
-                  f"{images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min{' *' if improved else ''}", flush=True)
+            print(f"epoch {epoch}: {shown} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy "
+                  f"{report['accuracy']:.4f}, {images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min"
+                  f"{' *' if improved else ''}", flush=True)
 
     if interrupted:
         if RANK == 0:

@@ -14,7 +14,7 @@ from PIL import Image
 from test_env import ROOT
 
 import train_reward_resnet
-from train_reward_resnet import augment, load_reward_model, read_data, score, split_by_episode
+from train_reward_resnet import RewardModel, augment, load_reward_model, read_data, score, split_by_episode
 
 SMALL = ["--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
@@ -32,8 +32,11 @@ def run(cwd, *args, code=0):
 
 
 def test_learns_easy_frames(data, tmp_path):
-    """Far failures against successes: all of the held-out frames are right after seconds; the contract travels."""
+    """Far failures against successes: all of the held-out frames are right after seconds; the contract travels. Once learned,
+    frames are shown less often."""
     out, _ = run(tmp_path, "--epochs", "30")
+    shown = [int(line.split()[2]) for line in out.splitlines() if line.startswith("epoch ")]
+    assert shown[0] / 3 <= min(shown) < 0.6 * shown[0], shown
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
     assert report["accuracy"] == 1.0 and report["roc_auc"] == 1.0, out
     assert report["confusion"]["true_positive"] >= 4 and report["confusion"]["true_negative"] >= 4
@@ -44,7 +47,7 @@ def test_learns_easy_frames(data, tmp_path):
     assert contract == json.loads((data / "metadata.json").read_text())
     for label in ("success", "failure"):
         pictures = [np.asarray(Image.open(f)) for f in sorted((data / label).iterdir())]
-        probs = model.predict(torch.from_numpy(np.stack(pictures)))
+        probs = model.predict(model.scale(torch.from_numpy(np.stack(pictures))))
         assert probs.shape == (64,) and ((probs > 0.5) == (label == "success")).float().mean() > 0.95
     assert list(tmp_path.glob("logs/*-train_reward_resnet/events*")) and list(tmp_path.glob("logs/*/args.json"))
 
@@ -73,6 +76,7 @@ def test_resumed_training_gives_the_same_weights(data, tmp_path):
     run(tmp_path, *schedule, "--save-dir", "parts", "--resume")
     a, b = (torch.load(tmp_path / name / "last_model.pt", weights_only=True) for name in ("whole", "parts"))
     assert a["epoch"] == b["epoch"] == 8 and a["best_loss"] == b["best_loss"]
+    assert torch.equal(a["frame_losses"], b["frame_losses"])
     assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     assert len(list(tmp_path.glob("logs/*"))) == 2, "a resumed training goes on in its run's folder"
     _, err = run(tmp_path, "--save-dir", "parts", "--resume", "--seed", "7", code=2)
@@ -159,6 +163,16 @@ def test_augmentation_moves_whole_frames():
     assert 0.8 * 240 - 5 < bright.min() < 215 and 265 < bright.max() < 1.2 * 240 + 5
 
 
+def test_crop():
+    """The middle of each view, side by side."""
+    frames = torch.zeros(1, 96, 96, 3, dtype=torch.uint8)
+    frames[:, 24:72, 12:36], frames[:, 24:72, 60:84] = 100, 200  # the middle halves of two views
+    half = RewardModel("resnet18", 8, 48, num_views=2, crop=0.5).scale(frames)
+    assert half.shape == (1, 48, 48, 3) and (half[:, :, :24] == 100).all() and (half[:, :, 24:] == 200).all()
+    whole = RewardModel("resnet18", 8, 48, num_views=2).scale(frames)
+    assert whole.shape == (1, 48, 48, 3) and (whole[:, 20:28, 8:16] == 100).all() and (whole[:, :8] == 0).all()
+
+
 def no_metadata(data):
     (data / "metadata.json").unlink()
 
@@ -240,7 +254,7 @@ def foreign(path):
 
 
 def huge(path):
-    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, model={}, contract={}), path)
+    torch.save(dict(arch="resnet18", hidden_dim=10**9, input_size=64, num_views=1, crop=1.0, model={}, contract={}), path)
 
 
 def empty(path):
