@@ -142,11 +142,12 @@ MAY_BE_ZERO = ("seed",)
 
 # ---------------------------------------------------------------------------------------------- environment
 
-# A frame shows the goal and what is around it from the front and from the side: one view cannot tell how deep the goal is
-# behind the cube. The cameras are mounted on the goal and move with it (in a task without `goal_site` they stand still).
+# A frame shows the goal and what is around it from two sides, at right angles: one view cannot tell how deep the goal is
+# behind the cube. Seen from 45 degrees, fingers hide less of the cube than from the side. The cameras are mounted on the goal
+# and move with it (in a task without `goal_site` they stand still).
 CAMERA = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
-    front=dict(mount="goal_site", pose=[1.2, 0.0, 0.22, 0.0, -0.09054, 0.0, 0.99589], fov=0.26),
-    side=dict(mount="goal_site", pose=[0.0, 1.2, 0.22, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.26))
+    left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
+    right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17))
 # Videos show all of the scene.
 VIDEO_CAMERA = dict(view=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
 
@@ -744,9 +745,11 @@ def check_args(args) -> int:
 # ---------------------------------------------------------------------------------------------- frames
 
 LABELS = ("success", "failure")
-COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", "is_obj_placed",
-           "is_robot_static", "is_grasped")
-"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is in metres (PickCube only), flags are 0 or 1"""
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
+COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
+           "is_obj_placed", "is_robot_static", "is_grasped")
+"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the
+cube to the goal in metres (PickCube only), flags are 0 or 1"""
 
 
 def make_contract(args) -> dict:
@@ -843,7 +846,8 @@ class FrameCollector:
         columns = {key: value[idx].int().tolist() for key, value in columns.items()}
         columns |= {key: counters[key][idx].tolist() for key in ("episode", "step")}
         if args.env_id == "PickCube-v1":
-            columns["cube_to_goal"] = [round(d, 5) for d in cube_to_goal[idx].tolist()]
+            to_goal = torch.cat([cube_to_goal[idx, None], obs[idx, -3:]], 1).T
+            columns |= zip(("cube_to_goal", *TO_GOAL), to_goal.double().round(decimals=5).tolist())
         for k, (frame, succeeded) in enumerate(zip(envs.render_frames(idx).cpu().numpy(), success[idx].tolist())):
             row = dict({key: values[k] for key, values in columns.items()}, label=LABELS[not succeeded],
                        global_step=counters["global_step"], env_steps=counters["env_steps"])

@@ -40,7 +40,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -146,11 +146,12 @@ MAY_BE_ZERO = ("seed", "critic_warmup")
 
 # ---------------------------------------------------------------------------------------------- environment
 
-# A frame shows the goal and what is around it from the front and from the side: one view cannot tell how deep the goal is
-# behind the cube. The cameras are mounted on the goal and move with it (in a task without `goal_site` they stand still).
+# A frame shows the goal and what is around it from two sides, at right angles: one view cannot tell how deep the goal is
+# behind the cube. Seen from 45 degrees, fingers hide less of the cube than from the side. The cameras are mounted on the goal
+# and move with it (in a task without `goal_site` they stand still).
 CAMERA = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
-    front=dict(mount="goal_site", pose=[1.2, 0.0, 0.22, 0.0, -0.09054, 0.0, 0.99589], fov=0.26),
-    side=dict(mount="goal_site", pose=[0.0, 1.2, 0.22, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.26))
+    left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
+    right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17))
 # Videos show all of the scene.
 VIDEO_CAMERA = dict(view=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
 
@@ -568,45 +569,43 @@ def fast_bf16(device_type: str) -> bool:
 
 
 class RewardModel(nn.Module):
-    """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
-    because learning it too makes the first one exact (stage 2, --distance-weight)."""
+    """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to the goal, are
+    there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
 
-    def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
+    def __init__(self, arch: str, hidden_dim: int, input_size: int):
         super().__init__()
-        if arch not in ("resnet18", "resnet34", "resnet50") or not (
-                1 <= hidden_dim <= 1024 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
-            raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
-        self.input_size, self.num_views, self.crop = input_size, num_views, crop
+        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 1024 or not 32 <= input_size <= 1024:
+            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
+        self.input_size = input_size
         self.resnet = torchvision.models.get_model(arch)
         self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
         features = self.resnet.fc.in_features * 4 * 4
-        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
+        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 4))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def scale(self, frames):
-        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8: the middle of each view, side by side."""
-        views = frames.permute(0, 3, 1, 2).tensor_split(self.num_views, dim=3)
-        middles = [center_crop(view, [round(self.crop * side) for side in view.shape[2:]]) for view in views]
-        return resize(torch.cat(middles, 3), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
+        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
-        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
-        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float().unbind(1)
+        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K, 3) float32 vectors in cm. NHWC is channels_last."""
+        outputs = self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float()
+        return outputs[:, 0], outputs[:, 1:]
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, S, S, 3) uint8 frames from `scale` -> (K,) float32 probabilities that the task is done."""
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(f.to(device))[0].sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
     """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = RewardModel(*(checkpoint[key] for key in ("arch", "hidden_dim", "input_size", "num_views", "crop")))
+        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
         model.load_state_dict(checkpoint["model"])
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
@@ -626,15 +625,17 @@ def resnet_reward(reward_model, envs, env_reward, success, scored, args):
     """
     reward = env_reward.clone() if args.reward_mode == "add" else torch.zeros_like(env_reward)
     frames = envs.render_frames(scored) if len(scored) and not args.oracle else None
-    probs = success[scored].float() if frames is None else reward_model.predict(reward_model.scale(frames))
+    probs = success[scored].float() if frames is None else reward_model.predict(frames)
     reward[scored] += args.alpha * (probs if args.use_soft_reward else (probs > args.threshold).float())
     return reward, probs, frames
 
 
 LABELS = ("success", "failure")
-COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", "is_obj_placed",
-           "is_robot_static", "is_grasped")
-"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is in metres (PickCube only), flags are 0 or 1"""
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
+COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
+           "is_obj_placed", "is_robot_static", "is_grasped")
+"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the
+cube to the goal in metres (PickCube only), flags are 0 or 1"""
 
 
 def make_contract(args) -> dict:
@@ -1034,7 +1035,8 @@ if __name__ == "__main__":
                            episode=int(episode_id[i]), step=int(episode_len[i]), is_final=int(done[i]),
                            global_step=global_step, env_steps=env_steps)
                 if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-                    row["cube_to_goal"] = round(current_obs[i, -3:].norm().item(), 5)
+                    to_goal = current_obs[i, -3:].double()
+                    row |= zip(("cube_to_goal", *TO_GOAL), [round(x, 5) for x in [to_goal.norm().item(), *to_goal.tolist()]])
                 mistakes.append((frames[k].cpu().numpy(), row))
 
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done

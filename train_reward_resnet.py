@@ -18,7 +18,6 @@ import ctypes
 import functools
 import io
 import json
-import math
 import os
 import shlex
 import signal
@@ -39,7 +38,7 @@ import torchvision
 import tyro
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -77,9 +76,6 @@ class ModelArgs:
     """units of the layer between its features and the logit"""
     input_size: Optional[int] = None
     """side in pixels to which frames are scaled before the first layer; None: 224 on a GPU, 112 on a CPU"""
-    crop: Optional[float] = None
-    """share of each view's height and width, around its middle, that the network looks at; None: 0.65 where all cameras move
-    with something, as stage 1's with the goal, else 1"""
     bf16: Optional[bool] = None
     """train in bfloat16 where that is safe; None: on a GPU, and on a CPU that has instructions for it"""
     pretrained: bool = False
@@ -89,7 +85,7 @@ class ModelArgs:
 @dataclass
 class TrainingArgs:
     epochs: Optional[int] = None
-    """passes over the frames at most; None: 100 on a GPU, 18 on a CPU"""
+    """passes over the frames at most; None: 100 on a GPU, 22 on a CPU"""
     batch_size: Optional[int] = None
     """frames of all ranks together in one step; None: 64 on a GPU, 32 on a CPU"""
     lr: Optional[float] = None
@@ -104,19 +100,15 @@ class TrainingArgs:
     """probability above which the reports count a frame as done"""
     random_shift: float = 0.02
     """augmentation: shift frames by up to this share of their side"""
-    random_rotation: float = 5.0
-    """augmentation: turn frames by up to so many degrees"""
-    random_zoom: float = 0.02
-    """augmentation: enlarge or reduce frames by up to this share"""
     color_jitter: float = 0.2
     """augmentation: change brightness and contrast by up to this share"""
     easy_loss: float = 0.01
     """a frame whose loss was below this the last time is shown in every third epoch only; 0: in all of them"""
     final_weight: float = 2.0
     """weight in the loss of frames that end an episode, which are what stage 4 scores (others weigh 1)"""
-    distance_weight: float = 0.2
-    """weight of a second loss, the mean absolute error in cm of the cube's distance to the goal, up to 10 cm, which index.csv
-    knows of PickCube; 0: learn from the labels alone"""
+    to_goal_weight: float = 2.0
+    """weight of a second loss, the mean absolute error in cm of the vector from the cube to the goal, which index.csv knows of
+    PickCube, while they are less than 8 cm apart; 0: learn from the labels alone"""
 
 
 @dataclass
@@ -134,45 +126,43 @@ def fast_bf16(device_type: str) -> bool:
 
 
 class RewardModel(nn.Module):
-    """Says of a frame how sure it is that the task is done. A second output, the distance of the cube to the goal, is there
-    because learning it too makes the first one exact (stage 2, --distance-weight)."""
+    """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to the goal, are
+    there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
 
-    def __init__(self, arch: str, hidden_dim: int, input_size: int, num_views: int = 1, crop: float = 1.0):
+    def __init__(self, arch: str, hidden_dim: int, input_size: int):
         super().__init__()
-        if arch not in ("resnet18", "resnet34", "resnet50") or not (
-                1 <= hidden_dim <= 1024 and 32 <= input_size <= 1024 and 1 <= num_views <= 16 and 0.1 <= crop <= 1):
-            raise ValueError(f"no such reward model: {arch}, {hidden_dim=}, {input_size=}, {num_views=}, {crop=}")
-        self.input_size, self.num_views, self.crop = input_size, num_views, crop
+        if arch not in ("resnet18", "resnet34", "resnet50") or not 1 <= hidden_dim <= 1024 or not 32 <= input_size <= 1024:
+            raise ValueError(f"no such reward model: {arch}, hidden_dim {hidden_dim}, input_size {input_size}")
+        self.input_size = input_size
         self.resnet = torchvision.models.get_model(arch)
         self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
         features = self.resnet.fc.in_features * 4 * 4
-        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2))
+        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 4))
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's
         self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def scale(self, frames):
-        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8: the middle of each view, side by side."""
-        views = frames.permute(0, 3, 1, 2).tensor_split(self.num_views, dim=3)
-        middles = [center_crop(view, [round(self.crop * side) for side in view.shape[2:]]) for view in views]
-        return resize(torch.cat(middles, 3), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
+        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
 
     def forward(self, frames):
-        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K,) float32 distances in cm. NHWC is channels_last."""
-        return self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float().unbind(1)
+        """(K, S, S, 3), values in [0, 255] -> (K,) float32 logits, (K, 3) float32 vectors in cm. NHWC is channels_last."""
+        outputs = self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float()
+        return outputs[:, 0], outputs[:, 1:]
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, S, S, 3) uint8 frames from `scale` -> (K,) float32 probabilities that the task is done."""
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
-            return torch.cat([self(f.to(device))[0].sigmoid() for f in frames.split(batch_size)])
+            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
 def load_reward_model(path: str, device):
     """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = RewardModel(*(checkpoint[key] for key in ("arch", "hidden_dim", "input_size", "num_views", "crop")))
+        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
         model.load_state_dict(checkpoint["model"])
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
@@ -180,15 +170,14 @@ def load_reward_model(path: str, device):
 
 
 def augment(frames, args):
-    """Shift, turn and zoom whole frames, repeating their edges, and change their brightness and contrast: nothing moves the
-    cube relative to the goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
-    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(6, len(frames), device=frames.device) * 2 - 1
-    angle, zoom = math.radians(args.random_rotation) * u[0], 1 + args.random_zoom * u[1]
-    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), 2 * args.random_shift * u[2:4]
-    affine = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).view(-1, 2, 3)
+    """Shift whole frames, repeating their edges, and change their brightness and contrast: nothing moves the cube relative to
+    the goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
+    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(4, len(frames), device=frames.device) * 2 - 1
+    affine = torch.eye(2, 3, device=frames.device).repeat(len(frames), 1, 1)
+    affine[:, :, 2] = 2 * args.random_shift * u[:2].T
     grid = nn.functional.affine_grid(affine, x.shape, align_corners=False)
     x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    brightness, contrast = (args.color_jitter * u[4:6])[:, :, None, None, None]
+    brightness, contrast = (args.color_jitter * u[2:])[:, :, None, None, None]
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x * (1 + contrast) + mean * (brightness - contrast)).permute(0, 2, 3, 1)
 
@@ -196,6 +185,7 @@ def augment(frames, args):
 # ---------------------------------------------------------------------------------------------- data
 
 LABELS = ("success", "failure")
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 KINDS = ("ends an episode", "near miss", "ambiguous", "other")
 
 
@@ -207,12 +197,12 @@ def read_data(data_path):
         episodes: (M,) int64, a frame without a row in index.csv is an episode of its own;
         kinds: {kind: (M,) bool}, from index.csv: the frames that end an episode; failures with the cube 2.5 to 5 cm from the
         goal; failures with the cube at the goal and the robot still moving; the rest;
-        distances: (M,) float32 metres from the cube to the goal, NaN where index.csv does not say;
+        to_goal: (M, 3) float32 metres, the vector from the cube to the goal, NaN where index.csv does not say;
         contract: metadata.json, the same in all folders.
     """
     if not data_path:
         fail("--data-path names no folder")
-    files, labels, episodes, kinds, distances, contracts = zip(*(read_folder(Path(folder)) for folder in data_path))
+    files, labels, episodes, kinds, to_goal, contracts = zip(*(read_folder(Path(folder)) for folder in data_path))
     for folder, contract in zip(data_path, contracts):
         differing = contract_differences(contracts[0], contract) if contract is not contracts[0] else []
         if differing:
@@ -220,7 +210,7 @@ def read_data(data_path):
     episodes = [list(zip([k] * len(part), part)) for k, part in enumerate(episodes)]
     _, episodes = np.unique(np.concatenate(episodes), axis=0, return_inverse=True)
     kinds = {kind: np.concatenate([part[kind] for part in kinds]) for kind in KINDS}
-    return sum(files, []), np.concatenate(labels), episodes.flatten(), kinds, np.concatenate(distances), contracts[0]
+    return sum(files, []), np.concatenate(labels), episodes.flatten(), kinds, np.concatenate(to_goal), contracts[0]
 
 
 def read_folder(folder: Path):
@@ -229,10 +219,7 @@ def read_folder(folder: Path):
         channels, height, width = contract["image_size"]
         if channels != 3 or height != width or not 32 <= height <= 1024:
             raise ValueError("image_size must be [3, S, S] with S from 32 to 1024")
-        cameras = contract.get("camera", {}).values()
-        if len(cameras) > 16 or not all(isinstance(view, dict) for view in cameras):
-            raise ValueError("camera must be {name: view}, with 16 views at most")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         fail(f"{folder / 'metadata.json'}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: "
              "collect them with ppo_collect.py, or name their folder with --data-path")
     files = {}
@@ -251,7 +238,8 @@ def read_folder(folder: Path):
                 for row in csv.DictReader(f):
                     rows[row["file"]] = dict(
                         episode=int(row["episode"]), label=row["label"], final=row["is_final"] == "1",
-                        placed=row.get("is_obj_placed") == "1", distance=float(row.get("cube_to_goal") or "nan"))
+                        placed=row.get("is_obj_placed") == "1", distance=float(row.get("cube_to_goal") or "nan"),
+                        to_goal=[float(row.get(axis) or "nan") for axis in TO_GOAL])
     except (ValueError, TypeError, KeyError, UnicodeDecodeError, csv.Error) as error:
         fail(f"{folder / 'index.csv'} row {len(rows) + 2}: {type(error).__name__}: {str(error)[:100]}; ppo_collect.py writes "
              f"it anew from the frames: --save-dir {folder}")
@@ -259,15 +247,16 @@ def read_folder(folder: Path):
     moved = next((name for name in names if name in rows and rows[name]["label"] != name.partition("/")[0]), None)
     if moved:
         fail(f"{folder / moved} is labelled {rows[moved]['label']} in index.csv; move it back or remove the row")
-    unknown = dict(final=False, placed=False, distance=float("nan"))
+    unknown = dict(final=False, placed=False, distance=float("nan"), to_goal=[float("nan")] * 3)
     rows = [rows.get(name, dict(unknown, episode=-1 - k)) for k, name in enumerate(names)]
     labels = np.array([name.startswith("success/") for name in names])
-    final, placed, distance = (np.array([row[key] for row in rows]) for key in ("final", "placed", "distance"))
+    final, placed, distance, to_goal = (
+        np.array([row[key] for row in rows]) for key in ("final", "placed", "distance", "to_goal"))
     kinds = [final, ~labels & ~placed & (distance <= 0.05), ~labels & placed]
     kinds.append(~np.any(kinds, axis=0))
     episodes = np.array([row["episode"] for row in rows])
     files = [str(folder / name) for name in names]
-    return files, labels, episodes, dict(zip(KINDS, kinds)), distance.astype(np.float32), contract
+    return files, labels, episodes, dict(zip(KINDS, kinds)), to_goal.astype(np.float32), contract
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
@@ -550,8 +539,7 @@ def load_imagenet_weights(model, arch: str):
 def save_model(path: Path, model, contract: dict, args, more: dict):
     buffer = io.BytesIO()
     torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, hidden_dim=args.hidden_dim,
-                    input_size=model.input_size, num_views=model.num_views, crop=model.crop, contract=contract,
-                    args=asdict(args), **more), buffer)
+                    input_size=model.input_size, contract=contract, args=asdict(args), **more), buffer)
     write_file(path, buffer.getvalue(), sync=True)
 
 
@@ -586,16 +574,16 @@ def check_training_args(args) -> int:
     args.cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = fast_bf16("cuda" if args.cuda else "cpu")
-    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 18,
+    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 22,
                               batch_size=64 if args.cuda else 32, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    for name, low, high in (("input_size", 32, 1024), ("crop", 0.1, 1), ("hidden_dim", 1, 1024), ("epochs", 1, np.inf),
+    for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 1024), ("epochs", 1, np.inf),
                             ("batch_size", 2, 65536), ("early_stopping_patience", 1, np.inf),
                             ("num_procs", 1, np.inf), ("threshold", 0, 1), ("val_split", 0.001, 0.9),
-                            ("random_shift", 0, 0.5), ("random_rotation", 0, 180), ("random_zoom", 0, 0.9),
+                            ("random_shift", 0, 0.5),
                             ("color_jitter", 0, 0.9), ("easy_loss", 0, 1), ("final_weight", 0, 100),
-                            ("distance_weight", 0, 100), ("lr", 0, 1)):
+                            ("to_goal_weight", 0, 100), ("lr", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}" if high < np.inf
@@ -608,7 +596,7 @@ if __name__ == "__main__":
     num_procs = check_training_args(args)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts has started the ranks anew
         args.resume = Path(args.save_dir, "last_model.pt").exists()
-    data = files, labels, episodes, kinds, distances, contract = read_data(args.data_path)
+    data = files, labels, episodes, kinds, to_goal, contract = read_data(args.data_path)
     if num_procs > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(start_ranks(num_procs))
 
@@ -637,10 +625,7 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # Model
-    cameras = contract.get("camera", {}).values()
-    if args.crop is None:
-        args.crop = 0.65 if cameras and all("mount" in view for view in cameras) else 1.0
-    model = RewardModel(args.arch, args.hidden_dim, args.input_size, max(1, len(cameras)), args.crop)
+    model = RewardModel(args.arch, args.hidden_dim, args.input_size)
     if args.pretrained:
         on_rank0(load_imagenet_weights, model, args.arch)
     model.to(device, memory_format=torch.channels_last)
@@ -653,7 +638,8 @@ if __name__ == "__main__":
     train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
     val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
-    train_cm = torch.from_numpy(100 * distances[train_idx[RANK::WORLD_SIZE]]).clamp(max=10)
+    train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
+    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
     train_weights = 1 + (args.final_weight - 1) * torch.from_numpy(kinds[KINDS[0]][train_idx[RANK::WORLD_SIZE]]).float()
     frame_losses = torch.full((len(train_idx[RANK::WORLD_SIZE]),), torch.inf)  # of each frame when it was shown last
     sizes = [len(train_idx), len(val_idx)]
@@ -662,7 +648,7 @@ if __name__ == "__main__":
 
     # Where an interrupted training stopped
     state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, run_dir=None)
-    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "crop", "seed", "val_split")}
+    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "seed", "val_split")}
     fixed["sizes"] = sizes
     if args.resume:
         last = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, model, optimizer)
@@ -698,9 +684,9 @@ if __name__ == "__main__":
                 logits, cm = model(x)
             losses = nn.functional.binary_cross_entropy_with_logits(
                 logits, train_labels[batch].to(device), reduction="none")
-            cm_error = (cm - train_cm[batch].to(device)).abs().nan_to_num()  # NaN: the distance is not known
+            cm_error = (cm - train_cm[batch].to(device)).abs().mean(1).nan_to_num()  # NaN: not known
             optimizer.zero_grad()
-            (train_weights[batch].to(device) * losses + args.distance_weight * cm_error).mean().backward()
+            (train_weights[batch].to(device) * losses + args.to_goal_weight * cm_error).mean().backward()
             average_gradients(parameters)
             optimizer.step()
             new_losses[batch.to(device)] = losses.detach()

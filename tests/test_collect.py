@@ -121,8 +121,9 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
             studio.unwrapped.set_state_dict(stock.get_state_dict())
             truth = stock.evaluate()
             assert (row["label"] == "success") == bool(truth["success"])
-            assert float(row["cube_to_goal"]) == pytest.approx(
-                float((stock.goal_site.pose.p - stock.cube.pose.p).norm()), abs=2e-5)
+            to_goal = (stock.goal_site.pose.p - stock.cube.pose.p)[0]
+            assert float(row["cube_to_goal"]) == pytest.approx(float(to_goal.norm()), abs=2e-5)
+            assert [float(row[f"to_goal_{axis}"]) for axis in "xyz"] == pytest.approx(to_goal.tolist(), abs=2e-5)
             for key in ("is_obj_placed", "is_robot_static", "is_grasped"):
                 assert row[key] == str(int(truth[key])), key
             saved = np.asarray(Image.open(tmp_path / "data" / row["file"])).astype(int)

@@ -40,7 +40,7 @@ def random_reward_model(path, **wrong):
     """A ResNet that has learned nothing, for frames of the default contract; `wrong` fields of it may differ."""
     torch.manual_seed(0)
     model = RewardModel("resnet18", 32, 64)
-    torch.save(dict(arch="resnet18", hidden_dim=32, input_size=64, num_views=1, crop=1.0, model=model.state_dict(),
+    torch.save(dict(arch="resnet18", hidden_dim=32, input_size=64, model=model.state_dict(),
                     contract=dict(make_contract(Args()), **wrong)), path)
     return path
 
@@ -180,7 +180,7 @@ def test_ignore_terminations(tmp_path):
 @pytest.mark.parametrize("field, theirs", [
     ("env_id", "PushCube-v1"), ("robot", "xarm6"), ("control_mode", "pd_ee_delta_pose"), ("reward_render_mode", "always"),
     ("show_goal_site", False), ("image_size", [3, 112, 112]), ("shader", "rt"), ("format_version", 2),
-    ("camera", dict(front=ppo_resnet_reward.CAMERA["front"]))])
+    ("camera", dict(left=ppo_resnet_reward.CAMERA["left"]))])
 def test_contract(tmp_path, field, theirs):
     model = random_reward_model(tmp_path / "model.pt", **{field: theirs})
     _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, code=2)
@@ -211,7 +211,7 @@ def test_shapes():
     """uint8 frames of any size in, one float32 probability each out."""
     model = RewardModel("resnet34", 8, 32).eval()
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8))
-    probs = model.predict(model.scale(frames), batch_size=2)
+    probs = model.predict(frames, batch_size=2)
     assert probs.shape == (5,) and probs.dtype == torch.float32 and ((probs > 0) & (probs < 1)).all()
     with pytest.raises(ValueError):
         RewardModel("resnet18", 10**9, 64)
