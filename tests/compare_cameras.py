@@ -20,8 +20,8 @@ from test_env import load_policy
 from ppo_collect import CAMERA, PickCubeCPU, make_stock, take_pictures
 
 
-def looking(eye, target, fov):
-    return dict(view=dict(pose=look_at(eye, target).raw_pose[0].tolist(), fov=fov))
+def looking(eye, target, fov, **mount):
+    return dict(view=dict(pose=look_at(eye, target).raw_pose[0].tolist(), fov=fov, **mount))
 
 
 CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0, 0.1], np.pi / 2),
@@ -29,7 +29,10 @@ CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0
            "one view of the workspace, 29 degrees": looking([0.7, 0.4, 0.15], [0, 0, 0.17], 0.5),
            "two views of the workspace, 25 degrees": dict(**looking([1.2, 0, 0.42], [0, 0, 0.2], 0.44),
                                                           side=looking([0, 1.2, 0.42], [0, 0, 0.2], 0.44)["view"]),
-           "ours: two views that follow the goal": CAMERA}
+           "two views that follow the goal, front and side, 15 degrees": dict(
+               **looking([1.2, 0, 0.22], [0, 0, 0], 0.26, mount="goal_site"),
+               side=looking([0, 1.2, 0.22], [0, 0, 0], 0.26, mount="goal_site")["view"]),
+           "ours: two views that follow the goal, from 45 degrees left and right": CAMERA}
 DIRECTIONS = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if d > (0, 0, 0)], float)
 DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)
 NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 24, 4, 200
