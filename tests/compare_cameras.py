@@ -87,7 +87,7 @@ def main(path):
     sheet.save(path, quality=88)
     for name, counts in zip(CAMERAS, pixels):
         hidden = np.mean(np.array(counts)[labels, 1] < 10)
-        print(f"{name:45}", "cube {:4.0f}, goal {:4.0f}, changed {:4.0f} pixels;".format(*np.median(counts, axis=0)),
+        print(f"{name:68}", "cube {:4.0f}, goal {:4.0f}, changed {:4.0f} pixels;".format(*np.median(counts, axis=0)),
               f"goal hidden in {hidden:.1%} of the successes")
     print(f"{sum(labels)} successes and {len(labels) - sum(labels)} near misses")
 
