@@ -551,6 +551,8 @@ def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
         if not differing:
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
+            if last["frame_losses"].shape != (fixed["sizes"][0],):
+                raise ValueError("it knows another number of frames")
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
         fail(f"--resume: {path} cannot be read ({str(error).strip().partition(chr(10))[0][:100]}); train without --resume")
     if differing:
