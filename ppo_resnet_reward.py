@@ -1,6 +1,6 @@
 """Stage 4: go on training the policy of stage 3 with the ResNet of stage 2 as its only reward.
 
-    reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py (only its weights) or of its own (all of it)
+    reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py or of its own
     writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
     python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_100
@@ -75,22 +75,22 @@ class RunArgs:
 @dataclass
 class PPOArgs:
     num_envs: Optional[int] = None
-    """parallel scenes of all ranks together; None: 256"""
+    """parallel scenes of all ranks together; None: 256 on a GPU, 64 on a CPU"""
     num_steps: int = 50
     """steps of every scene in one rollout"""
-    num_iterations: int = 1000
-    """global steps at most; one is a rollout and its update"""
-    num_minibatches: int = 32
-    """minibatches in an update epoch"""
+    num_iterations: Optional[int] = None
+    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 240 on a CPU"""
+    num_minibatches: Optional[int] = None
+    """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU (of 400 steps either way)"""
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
-    """Adam's step size, at first; None: 3e-4 on a GPU, 1e-3 on a CPU"""
+    """Adam's step size, at first; None: 3e-4"""
     anneal_lr: Optional[bool] = None
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
-    gamma: float = 0.8
-    """discount factor per step"""
-    gae_lambda: float = 0.9
+    gamma: float = 0.95
+    """discount factor per step; the reward comes only at the end, so credit must reach further back than in stage 3"""
+    gae_lambda: float = 0.95
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2
     """PPO's clipping range (arXiv:1707.06347)"""
@@ -139,7 +139,8 @@ class Args(RewardArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 256), learning_rate=(3e-4, 1e-3), anneal_lr=(False, True))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 240), num_minibatches=(32, 8), learning_rate=(3e-4, 3e-4),
+                        anneal_lr=(False, True))
 RATES = ("gamma", "gae_lambda", "threshold")
 MAY_BE_ZERO = ("seed", "critic_warmup")
 
@@ -956,7 +957,11 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
                                  fused=True)
     if checkpoint:
-        load_weights(agent, optimizer if continued else None, checkpoint)
+        load_weights(agent, optimizer, checkpoint)
+        if not continued:  # Adam keeps its moments of the actor's gradients: without them, its first steps hurt the policy
+            optimizer.param_groups[0].update(lr=args.learning_rate, initial_lr=args.learning_rate)
+            for p in critic_parameters:  # the critic learns another reward
+                optimizer.state.pop(p, None)
     if WORLD_SIZE > 1:
         for p in parameters:
             dist.broadcast(p.data, 0)

@@ -46,11 +46,18 @@ def random_reward_model(path, **wrong):
 
 
 def dense_checkpoint(tmp_path):
-    """The trained policy as a checkpoint of stage 3."""
+    """The trained policy as a checkpoint of stage 3, with the optimizer of that many updates."""
     folder = tmp_path / "dense" / "checkpoints" / "global_step_100"
     folder.mkdir(parents=True)
-    checkpoint = torch.load(ROOT / "tests" / "policy.pt", weights_only=True)
-    torch.save(dict(checkpoint, script="ppo_dense", optimizer={}, global_step=100, env_steps=0), folder / "checkpoint.pt")
+    agent = load_policy()
+    optimizer = torch.optim.Adam([dict(params=list(agent.parameters()), initial_lr=0.1)], lr=0.1)
+    for p in agent.parameters():
+        p.grad = torch.full_like(p, 1e-3)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].fill_(1000)
+    torch.save(dict(script="ppo_dense", agent=load_policy().state_dict(), optimizer=optimizer.state_dict(), global_step=100,
+                    env_steps=0), folder / "checkpoint.pt")
     return folder
 
 
@@ -153,7 +160,8 @@ def test_stage_4_renders_final_frames_only(tmp_path):
 
 
 def test_stage_4_continues(tmp_path):
-    """From stage 3: weights only, step 0 and a critic that warms up while the actor stands still. From its own: on."""
+    """From stage 3: the weights, Adam's moments of the actor, and a critic that warms up while the actor stands still. From its
+    own: on."""
     model, start = random_reward_model(tmp_path / "model.pt"), dense_checkpoint(tmp_path)
     args = ["--reward-checkpoint", model, "--critic-warmup", "2"]
     run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--num-iterations", "2")
@@ -162,6 +170,9 @@ def test_stage_4_continues(tmp_path):
     warm = torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)
     for key, value in warm["agent"].items():
         assert torch.equal(value, before[key]) == (not key.startswith("critic")), key
+    steps = [int(state["step"]) for state in warm["optimizer"]["state"].values()]
+    assert steps.count(1000) == 9 and steps.count(2 * 8 * 4) == 8, steps  # of the actor, of the critic
+    assert 1e-4 < warm["optimizer"]["param_groups"][0]["lr"] < 3e-4
     run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dir, "--num-iterations", "3")
     assert list(tmp_path.glob("logs/*")) == [run_dir]
     after = torch.load(run_dir / "checkpoints/global_step_3/checkpoint.pt", weights_only=True)
