@@ -993,7 +993,7 @@ if __name__ == "__main__":
     logprobs = torch.zeros((args.num_steps, num_envs), device=device)
     rewards = torch.zeros((args.num_steps, num_envs), device=device)
     dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
-    terminal = torch.zeros_like(dones)  # ended by success, with nothing more to come
+    terminal = torch.zeros_like(dones)  # the task is done, with nothing more to come
     # Of the episodes under way
     episode_id = RANK * num_envs + torch.arange(num_envs, device=device)
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -1017,7 +1017,8 @@ if __name__ == "__main__":
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
-        audit = torch.zeros(4, dtype=torch.float64, device=device)  # true and false positives, false and true negatives
+        # True and false positives, false and true negatives; positives whose cube is at the goal, though the robot may move
+        audit = torch.zeros(5, dtype=torch.float64, device=device)
         for step in range(args.num_steps):
             with torch.no_grad():
                 action, logprob, _ = agent.get_action_and_logprob(current_obs)
@@ -1033,7 +1034,8 @@ if __name__ == "__main__":
             scored = done_idx if args.reward_render_mode == "episode_end" else torch.arange(num_envs, device=device)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
             said, success = probs > args.threshold, info["success"][scored]
-            audit += torch.stack([said & success, said & ~success, ~said & success, ~said & ~success]).sum(1)
+            at_goal = info["is_obj_placed" if "is_obj_placed" in info else "success"][scored]
+            audit += torch.stack([said & success, said & ~success, ~said & success, ~said & ~success, said & at_goal]).sum(1)
             for k in (said != success).nonzero().squeeze(-1).tolist():
                 i = scored[k]
                 row = dict({key: int(info[key][i]) for key in COLUMNS if key in info}, label=LABELS[not success[k]],
@@ -1045,7 +1047,9 @@ if __name__ == "__main__":
                 mistakes.append((frames[k].cpu().numpy(), row))
 
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            terminal[step] = terminated & (args.reward_mode == "replace" and not args.ignore_terminations)
+            if args.reward_mode == "replace":  # an end that the ResNet calls done is one, else it would pay twice
+                terminal[step] = terminated & (not args.ignore_terminations)
+                terminal[step, scored] |= said & done[scored]
             episode_return += reward
             if len(done_idx):
                 finished += torch.stack([done, episode_once & done, episode_len * done, episode_return * done]).sum(1)
@@ -1064,7 +1068,7 @@ if __name__ == "__main__":
         # Advantages
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
-        # Success is a true end, with nothing to bootstrap from, unless the dense reward is in: there, an end that is worth
+        # Done is a true end, with nothing to bootstrap from, unless the dense reward is in: there, an end that is worth
         # nothing teaches avoidance. Where time is up, the value of the true last observation stands for what would follow.
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
@@ -1112,8 +1116,8 @@ if __name__ == "__main__":
         stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)
         *totals, stop = all_reduce_sum(torch.cat([finished, audit, losses.double() / num_updates, stop])).tolist()
         episodes, successes, lengths, total_return = totals[:4]
-        tp, fp, fn, tn = totals[4:8]
-        losses = [loss / WORLD_SIZE for loss in totals[8:]]
+        tp, fp, fn, tn, at_goal = totals[4:9]
+        losses = [loss / WORLD_SIZE for loss in totals[9:]]
         if not np.isfinite(losses).all():
             fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "
                  f"smaller --learning-rate: --resume-dir {run_dir}")
@@ -1121,7 +1125,7 @@ if __name__ == "__main__":
         if RANK == 0:
             scalars = {f"reward_model/{name}": a / b for name, a, b in (
                 ("accuracy", tp + tn, tp + fp + fn + tn), ("precision", tp, tp + fp), ("recall", tp, tp + fn),
-                ("false_positive_rate", fp, fp + tn)) if b}
+                ("false_positive_rate", fp, fp + tn), ("precision_cube_at_goal", at_goal, tp + fp)) if b}
             scalars["reward_model/scored_frames"] = tp + fp + fn + tn
             if episodes:
                 scalars |= {"env/success_once": successes / episodes, "env/episode_len": lengths / episodes,
