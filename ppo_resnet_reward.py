@@ -84,8 +84,8 @@ class PPOArgs:
     """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU (of 400 steps either way)"""
     update_epochs: int = 8
     """passes over a rollout's data"""
-    learning_rate: Optional[float] = None
-    """Adam's step size, at first; None: 3e-4"""
+    learning_rate: float = 3e-4
+    """Adam's step size, at first"""
     anneal_lr: Optional[bool] = None
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: float = 0.95
@@ -139,8 +139,7 @@ class Args(RewardArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 360), num_minibatches=(32, 8), learning_rate=(3e-4, 3e-4),
-                        anneal_lr=(False, True))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 360), num_minibatches=(32, 8), anneal_lr=(False, True))
 RATES = ("gamma", "gae_lambda", "threshold")
 MAY_BE_ZERO = ("seed", "critic_warmup")
 

@@ -46,7 +46,7 @@ def test_args_common_to_the_ppo_scripts():
         theirs = flags(other)
         assert dense.keys() <= theirs.keys()
         differing = {name for name in dense if dense[name] != theirs[name]}
-        assert differing <= {"num_iterations", "num_minibatches", "gamma", "gae_lambda"}, differing
+        assert differing <= {"num_iterations", "num_minibatches", "learning_rate", "gamma", "gae_lambda"}, differing
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
