@@ -680,14 +680,24 @@ def load_checkpoint(resume_dir: str):
     fail(f"--resume-dir {resume_dir}: no checkpoint could be read ({error}); name a run's folder or a checkpoint's")
 
 
+def command_to_go_on(run_dir: Path) -> str:
+    """This command line, with `run_dir` as its --resume-dir."""
+    argv = list(sys.argv)
+    for i in reversed(range(len(argv))):
+        if argv[i].replace("_", "-").partition("=")[0] == "--resume-dir":
+            del argv[i:i + (1 if "=" in argv[i] else 2)]
+    return shlex.join(["python", *argv, "--resume-dir", str(run_dir)])
+
+
 def load_weights(agent, optimizer, checkpoint):
-    """Take over the checkpoint's agent, and its optimizer if one is given."""
+    """Take over the checkpoint's agent and optimizer: without Adam's moments, its first steps hurt a trained policy."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-        if optimizer:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if "initial_lr" not in optimizer.param_groups[0]:
-                raise KeyError("the optimizer has no initial_lr")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if "initial_lr" not in optimizer.param_groups[0]:
+            raise KeyError("the optimizer has no initial_lr")
+        if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
              "another --env-id or --control-mode?")
@@ -943,7 +953,9 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
                                  fused=True)
     if checkpoint:
-        load_weights(agent, optimizer if continued else None, checkpoint)
+        load_weights(agent, optimizer, checkpoint)
+        if not continued:
+            optimizer.param_groups[0].update(lr=args.learning_rate, initial_lr=args.learning_rate)
     if WORLD_SIZE > 1:
         for p in parameters:
             dist.broadcast(p.data, 0)
@@ -1099,4 +1111,4 @@ if __name__ == "__main__":
         print(f"{args.save_dir}: {collector.counts['success']} success and {collector.counts['failure']} failure frames after "
               f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process")
         if collector.share() < 1:
-            print(f"To go on: python {SCRIPT}.py --resume-dir {shlex.quote(str(run_dir))}")
+            print(f"To go on: {command_to_go_on(run_dir)}")

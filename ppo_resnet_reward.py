@@ -84,12 +84,13 @@ class PPOArgs:
     """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU (of 400 steps either way)"""
     update_epochs: int = 8
     """passes over a rollout's data"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1.5e-4
     """Adam's step size, at first"""
     anneal_lr: Optional[bool] = None
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
-    gamma: float = 0.95
-    """discount factor per step; the reward comes only at the end, so credit must reach further back than in stage 3"""
+    gamma: Optional[float] = None
+    """discount factor per step; None: 0.95 (the reward comes only at the end, so credit must reach further back than in stage
+    3), or 0.99 with --ignore-terminations, where the end is 50 steps away"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2
@@ -607,6 +608,8 @@ def load_reward_model(path: str, device):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
         model.load_state_dict(checkpoint["model"])
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
         fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
@@ -845,14 +848,24 @@ def load_checkpoint(resume_dir: str):
     fail(f"--resume-dir {resume_dir}: no checkpoint could be read ({error}); name a run's folder or a checkpoint's")
 
 
+def command_to_go_on(run_dir: Path) -> str:
+    """This command line, with `run_dir` as its --resume-dir."""
+    argv = list(sys.argv)
+    for i in reversed(range(len(argv))):
+        if argv[i].replace("_", "-").partition("=")[0] == "--resume-dir":
+            del argv[i:i + (1 if "=" in argv[i] else 2)]
+    return shlex.join(["python", *argv, "--resume-dir", str(run_dir)])
+
+
 def load_weights(agent, optimizer, checkpoint):
-    """Take over the checkpoint's agent, and its optimizer if one is given."""
+    """Take over the checkpoint's agent and optimizer: without Adam's moments, its first steps hurt a trained policy."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-        if optimizer:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if "initial_lr" not in optimizer.param_groups[0]:
-                raise KeyError("the optimizer has no initial_lr")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if "initial_lr" not in optimizer.param_groups[0]:
+            raise KeyError("the optimizer has no initial_lr")
+        if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
     except (RuntimeError, ValueError, KeyError) as error:
         fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
              "another --env-id or --control-mode?")
@@ -909,6 +922,8 @@ def check_args(args) -> int:
 
 if __name__ == "__main__":
     args = parse_args()
+    if args.gamma is None:
+        args.gamma = 0.99 if args.ignore_terminations else 0.95
     num_procs = check_args(args)
     args.resume_dir = restarted_run(args) or args.resume_dir
     checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)
@@ -957,7 +972,7 @@ if __name__ == "__main__":
                                  fused=True)
     if checkpoint:
         load_weights(agent, optimizer, checkpoint)
-        if not continued:  # Adam keeps its moments of the actor's gradients: without them, its first steps hurt the policy
+        if not continued:
             optimizer.param_groups[0].update(lr=args.learning_rate, initial_lr=args.learning_rate)
             for p in critic_parameters:  # the critic learns another reward
                 optimizer.state.pop(p, None)
@@ -1047,7 +1062,7 @@ if __name__ == "__main__":
 
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
             if args.reward_mode == "replace":  # an end that the ResNet calls done is one, else it would pay twice
-                terminal[step] = terminated & (not args.ignore_terminations)
+                terminal[step] = done if args.ignore_terminations else terminated
                 terminal[step, scored] |= said & done[scored]
             episode_return += reward
             if len(done_idx):
@@ -1068,7 +1083,8 @@ if __name__ == "__main__":
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
         # Done is a true end, with nothing to bootstrap from, unless the dense reward is in: there, an end that is worth
-        # nothing teaches avoidance. Where time is up, the value of the true last observation stands for what would follow.
+        # nothing teaches avoidance. Where time is up, the value of the true last observation stands for what would follow,
+        # but with --ignore-terminations nothing does: the task is to be done when time is up.
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
@@ -1158,4 +1174,4 @@ if __name__ == "__main__":
         print(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s in this process: "
               f"{run_dir / 'checkpoints' / f'global_step_{global_step}'}")
         if global_step < args.num_iterations:
-            print(f"To go on: python {SCRIPT}.py --resume-dir {shlex.quote(str(run_dir))}")
+            print(f"To go on: {command_to_go_on(run_dir)}")

@@ -164,6 +164,8 @@ def load_reward_model(path: str, device):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
         model.load_state_dict(checkpoint["model"])
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
         return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
         fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
@@ -733,7 +735,7 @@ if __name__ == "__main__":
 
     if interrupted:
         if RANK == 0:
-            print(f"To go on: {shlex.join(['python', *sys.argv])}{'' if args.resume else ' --resume'}")
+            print(f"To go on: {shlex.join(['python', *sys.argv])}{' --resume' if state['epoch'] and not args.resume else ''}")
         sys.exit(0)
     model, _ = load_reward_model(Path(args.save_dir, "best_model.pt"), device)
     if RANK == 0:

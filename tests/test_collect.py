@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -235,7 +236,9 @@ def test_interrupted_and_resumed(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "To go on: python ppo_collect.py --resume-dir" in out and "Traceback" not in err
+    to_go_on = re.search(r"To go on: (.*)", out)[1]
+    assert to_go_on == shlex.join(["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir",
+                                   str(run_dir)]) and "Traceback" not in err
     first = digest(tmp_path / "data")
     step = max(int(p.name.rpartition("_")[2]) for p in run_dir.glob("checkpoints/*"))
     assert step > 1

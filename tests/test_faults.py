@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -227,16 +228,33 @@ def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
     process.send_signal(signum)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
-    go_on = re.search(r"To go on: python (.*)", out)[1].split()
-    goal = [] if script == "train_reward_resnet" else args
-    again = subprocess.run([sys.executable, str(ROOT / os.path.basename(go_on[0])), *go_on[1:], *map(str, goal)], cwd=tmp_path,
-                           capture_output=True, text=True, timeout=300)
+    to_go_on = shlex.split(re.search(r"To go on: python (.*)", out)[1])
+    again = subprocess.run([sys.executable, *to_go_on], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     if script == "train_reward_resnet":
         assert torch.load(tmp_path / "reward_checkpoints/last_model.pt", weights_only=True)["epoch"] == 12
     else:
         run_dir, = tmp_path.glob("logs/*")
         assert newest_step(run_dir) == 12
+
+
+@pytest.mark.parametrize("script", ["ppo_dense", "train_reward_resnet"])
+def test_a_signal_to_torchrun_ends_a_run_in_order(data, tmp_path, script):
+    """torchrun hands the signal on: the ranks leave a checkpoint and say how to go on. (torchrun's own exit code is 1.)"""
+    args = [*PPO[2:], "--num-iterations", "1000", "--save-interval", "1000"]
+    if script == "train_reward_resnet":
+        args = ["--input-size", "64", "--epochs", "1000"]
+    process = start(script, tmp_path, *args, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("logs/*/events*")) and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "To go on: python" in out, err
+    if script == "ppo_dense":
+        run_dir, = tmp_path.glob("logs/*")
+        check_events(run_dir, newest_step(run_dir))
 
 
 def flip_bytes(content, rng):
@@ -294,9 +312,10 @@ def test_fuzzed_checkpoints_of_ppo(tmp_path):
     for _ in range(60):
         (folder / "checkpoint.pt").write_bytes(flip_bytes(original, rng))
         agent = stage_3.Agent(42, 8)
+        optimizer = torch.optim.Adam(agent.parameters())
         try:
             checkpoint, _ = stage_3.load_checkpoint(str(folder))
-            stage_3.load_weights(agent, None, checkpoint)
+            stage_3.load_weights(agent, optimizer, checkpoint)
         except SystemExit as stop:
             assert stop.code == 2
             refused += 1

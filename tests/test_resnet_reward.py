@@ -172,12 +172,27 @@ def test_stage_4_continues(tmp_path):
         assert torch.equal(value, before[key]) == (not key.startswith("critic")), key
     steps = [int(state["step"]) for state in warm["optimizer"]["state"].values()]
     assert steps.count(1000) == 9 and steps.count(2 * 8 * 4) == 8, steps  # of the actor, of the critic
-    assert 1e-4 < warm["optimizer"]["param_groups"][0]["lr"] < 3e-4
+    assert warm["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1.5e-4 / 2)
     run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dir, "--num-iterations", "3")
     assert list(tmp_path.glob("logs/*")) == [run_dir]
     after = torch.load(run_dir / "checkpoints/global_step_3/checkpoint.pt", weights_only=True)
     assert after["env_steps"] == 3 * 8 * 50
     assert not any(torch.equal(value, before[key]) for key, value in after["agent"].items())
+
+
+@pytest.mark.parametrize("flags, worth", [
+    (["--threshold", "0"], 1), (["--ignore-terminations", "--threshold", "1", "--use-soft-reward"], 0.5)])
+def test_nothing_follows_an_end_that_is_paid(tmp_path, flags, worth):
+    """Where every frame looks done, and without terminations in any case: the critic learns what the frame is paid, which is 1,
+    or an untrained ResNet's probability. Were the value of what follows added, it would grow by that in each global step."""
+    model = random_reward_model(tmp_path / "model.pt")
+    run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, *flags, "--gamma", "1", "--gae-lambda", "1",
+        "--critic-warmup", "6", "--num-iterations", "6", "--learning-rate", "1e-3", "--no-anneal-lr")
+    checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_6/checkpoint.pt")), weights_only=True)
+    agent = ppo_resnet_reward.Agent(42, 8)
+    agent.load_state_dict(checkpoint["agent"])
+    obs, _ = PickCubeCPU(4).reset(seed=0)
+    assert (agent.get_value(obs) - worth).abs().max() < 0.45
 
 
 def test_ignore_terminations(tmp_path):
@@ -209,6 +224,21 @@ def test_another_maniskill_version_only_warns(tmp_path):
 def test_no_reward_model(tmp_path):
     _, err = run("ppo_resnet_reward", tmp_path, code=2)
     assert "best_model.pt is not a reward model" in err.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """Of a reward model, whose NaN would look like "not done" for ever, and of a policy."""
+    model = torch.load(random_reward_model(tmp_path / "model.pt"), weights_only=True)
+    model["model"]["resnet.fc.3.bias"][0] = torch.nan
+    torch.save(model, tmp_path / "nan.pt")
+    _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", tmp_path / "nan.pt", code=2)
+    assert "nan.pt is not a reward model" in err and "not finite" in err.splitlines()[-1]
+    folder = dense_checkpoint(tmp_path)
+    policy = torch.load(folder / "checkpoint.pt", weights_only=True)
+    policy["agent"]["actor_logstd"][0, 0] = torch.inf
+    torch.save(policy, folder / "checkpoint.pt")
+    _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", tmp_path / "model.pt", "--resume-dir", folder, code=2)
+    assert "not finite" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", [ppo_dense, ppo_resnet_reward], ids=lambda m: m.__name__)
