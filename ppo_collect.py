@@ -64,7 +64,7 @@ class RunArgs:
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
-    """checkpoint folder or run folder (its newest checkpoint); one of this script is continued, another lends its weights"""
+    """checkpoint folder or run folder (its newest checkpoint); one of this script is continued, another's policy begins anew"""
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 

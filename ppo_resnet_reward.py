@@ -67,7 +67,7 @@ class RunArgs:
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
-    """checkpoint folder or run folder (its newest checkpoint); one of this script is continued, another lends its weights"""
+    """checkpoint folder or run folder (its newest checkpoint); one of this script is continued, another's policy begins anew"""
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 
@@ -89,8 +89,8 @@ class PPOArgs:
     anneal_lr: Optional[bool] = None
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: Optional[float] = None
-    """discount factor per step; None: 0.95 (the reward comes only at the end, so credit must reach further back than in stage
-    3), or 0.99 with --ignore-terminations, where the end is 50 steps away"""
+    """discount factor per step, nearer to 1 than in stage 3, since the reward comes only at the end; None: 0.95, or 0.99 with
+    --ignore-terminations, where the end is 50 steps away"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2

@@ -361,9 +361,9 @@ def print_report(report: dict):
 
 def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
     """The frames that are most wrong, each with its probability: (H, W, 3) uint8. Green frame: it is a success."""
-    sheet = Image.new("RGB", (columns * size, rows * size), "white")
     wrong = np.flatnonzero((probs > threshold) != labels)
     wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
+    sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
     for k, i in enumerate(wrong):
         cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
         with Image.open(files[i]) as image:

@@ -346,6 +346,18 @@ def test_odd_folders(data, tmp_path):
     assert process.returncode == 2 and "Not a directory" in err and "Traceback" not in err
 
 
+def test_read_only_data(data, tmp_path):
+    """On a mount of its own that is really read-only: stage 2 learns from it, stage 1 says that it cannot add to it."""
+    read_only = f"mount --bind {data} {data} && mount -o remount,ro,bind {data} && cd {tmp_path} && {sys.executable} {ROOT}/"
+    for command, code in (("train_reward_resnet.py --epochs 1 --input-size 32", 0),
+                          ("ppo_collect.py --num-procs 1 --num-envs 2 --num-eval-envs 2 --num-minibatches 2", 2)):
+        result = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", read_only + command],
+                                capture_output=True, text=True, timeout=120)
+        assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    assert "Read-only file system" in result.stderr
+    assert (tmp_path / "reward_checkpoints/best_model.pt").exists() and len(list(data.glob("success/*.png"))) == 64
+
+
 def test_losses_that_are_not_finite_reach_no_checkpoint(tmp_path):
     process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "3", "--learning-rate", "1e30")
     _, err = process.communicate(timeout=120)
