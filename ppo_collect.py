@@ -64,7 +64,7 @@ class RunArgs:
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
-    """checkpoint folder or run folder (its newest checkpoint); one of this script is continued, another's policy begins anew"""
+    """checkpoint folder or run folder (its newest checkpoint): this script's own is continued, another's starts a new run"""
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 

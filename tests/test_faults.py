@@ -122,7 +122,7 @@ def test_kill_stage_1(tmp_path, seed):
 @pytest.mark.parametrize("seed", [random.randrange(10**6)])
 def test_kill_stage_2(data, tmp_path, seed):
     """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
-    args = ["--num-procs", "2", "--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
+    args = ["--num-procs", "2", "--input-size", "64", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
             "--early-stopping-patience", "99", "--epochs", 6 + 2 * KILLS]
     whole = start("train_reward_resnet", tmp_path, *args, "--save-dir", "whole")
     out, err = whole.communicate(timeout=600)

@@ -187,8 +187,8 @@ def test_nothing_follows_an_end_that_is_paid(tmp_path, flags, worth):
     or an untrained ResNet's probability. Were the value of what follows added, it would grow by that in each global step."""
     model = random_reward_model(tmp_path / "model.pt")
     run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, *flags, "--gamma", "1", "--gae-lambda", "1",
-        "--critic-warmup", "6", "--num-iterations", "6", "--learning-rate", "1e-3", "--anneal-lr",
-        "False")
+        "--critic-warmup", "6", "--num-iterations", "6", "--learning-rate", "1e-3",
+        "--anneal-lr", "False")
     checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_6/checkpoint.pt")), weights_only=True)
     agent = ppo_resnet_reward.Agent(42, 8)
     agent.load_state_dict(checkpoint["agent"])

@@ -16,7 +16,7 @@ from test_env import ROOT
 import train_reward_resnet
 from train_reward_resnet import augment, load_reward_model, read_data, score, split_by_episode
 
-SMALL = ["--input-size", "96", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
+SMALL = ["--input-size", "64", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
 
 def start(cwd, *args):
@@ -84,7 +84,7 @@ def test_resumed_training_gives_the_same_weights(data, tmp_path):
 
 
 def test_two_ranks_learn_too(data, tmp_path):
-    out, _ = run(tmp_path, "--epochs", "30", "--num-procs", "2")
+    out, _ = run(tmp_path, "--epochs", "15", "--num-procs", "2")
     assert "2 rank(s)" in out
     assert json.loads((tmp_path / "reward_checkpoints/report.json").read_text())["accuracy"] >= 0.95
 
