@@ -47,19 +47,27 @@ def ranks_of(process):
     return found
 
 
-def kill_and_resume(rng, begin, resume, has_begun):
+def kill_and_resume(rng, folder, begin, resume, has_begun):
     """Start with `begin()`, or `resume()` once `has_begun()`, and kill -9 the launcher or a rank at a random moment; KILLS
-    times. Nothing may survive the kill. Ends with a run that completes."""
-    durations = (2.0, 14.0)  # from the first imports to well into training
+    times, two in three of them while it trains, soon after it has written a checkpoint in `folder`, the others while it starts.
+    Nothing may survive the kill. Ends with a run that completes."""
+    def checkpoints():
+        return {(f, f.stat().st_mtime_ns) for f in folder.glob("**/*.pt")}
+
     for kill in range(KILLS):
+        before, deadline = checkpoints(), time.time() + 120
         process = resume() if has_begun() else begin()
-        wait, victim = rng.uniform(*durations), rng.choice(["launcher", "rank"])
+        training, victim = kill % 3 > 0, rng.choice(["launcher", "rank"])
+        while training and checkpoints() == before and time.time() < deadline:
+            time.sleep(0.05)
+        wait = rng.uniform(0, 2 if training else 12)
         time.sleep(wait)
         ranks = ranks_of(process)
         target = process.pid if victim == "launcher" or not ranks else rng.choice(ranks)
         os.kill(target, signal.SIGKILL)
         out, err = process.communicate(timeout=60)
-        print(f"kill {kill + 1}: {victim} after {wait:.1f} s, {'begun' if has_begun() else 'not begun'}")
+        print(f"kill {kill + 1}: {victim} {wait:.1f} s after {'a checkpoint' if training else 'the start'}")
+        assert not training or checkpoints() != before
         assert process.returncode != 0 and "Traceback" not in err, err
         deadline = time.time() + 10
         while any(os.path.exists(f"/proc/{rank}") for rank in ranks) and time.time() < deadline:
@@ -98,9 +106,9 @@ def test_kill_stage_1(tmp_path, seed):
     rng, run_dir, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
     args = [*PPO, "--target-success", 20 + 10 * KILLS, "--target-failure", 10_000, "--sample-rate-fail", "0.05",
             "--resume-dir", run_dir]
-    iterations = 10 + 6 * KILLS
+    iterations = 10 + 12 * KILLS
     seen, step = set(), 1
-    for _ in kill_and_resume(rng, None, lambda: start("ppo_collect", tmp_path, *args, "--num-iterations", iterations),
+    for _ in kill_and_resume(rng, tmp_path, None, lambda: start("ppo_collect", tmp_path, *args, "--num-iterations", iterations),
                              lambda: True):
         now = digests(frames_dir, "*/*.png")
         assert seen <= now, f"a frame was lost (seed {seed})"
@@ -111,8 +119,12 @@ def test_kill_stage_1(tmp_path, seed):
         seen, before, step = now, step, newest_step(run_dir)
         assert step >= before
     assert seen <= digests(frames_dir, "*/*.png")
-    pixels = [np.asarray(Image.open(file)).tobytes() for file in frames_dir.glob("*/*.png")]
-    assert len(set(pixels)) == len(pixels), f"an episode was collected twice (seed {seed})"
+    states = []  # a picture alone may come twice, while the cube is out of sight
+    for file in frames_dir.glob("*/*.png"):
+        with Image.open(file) as image:
+            row = json.loads(image.text["row"])
+            states.append((np.asarray(image).tobytes(), row["to_goal_x"], row["to_goal_y"], row["to_goal_z"]))
+    assert len(set(states)) == len(states), f"an episode was collected twice (seed {seed})"
     check_folder(frames_dir, *(len(list((frames_dir / label).iterdir())) for label in ("success", "failure")))
     last = newest_step(run_dir)
     assert last == iterations or len(list((frames_dir / "success").iterdir())) == 20 + 10 * KILLS
@@ -128,7 +140,8 @@ def test_kill_stage_2(data, tmp_path, seed):
     out, err = whole.communicate(timeout=600)
     assert whole.returncode == 0, err
     parts, epoch = tmp_path / "parts", 0
-    for _ in kill_and_resume(random.Random(seed), lambda: start("train_reward_resnet", tmp_path, *args, "--save-dir", "parts"),
+    for _ in kill_and_resume(random.Random(seed), tmp_path,
+                             lambda: start("train_reward_resnet", tmp_path, *args, "--save-dir", "parts"),
                              lambda: start("train_reward_resnet", tmp_path, *args, "--save-dir", "parts", "--resume"),
                              (parts / "last_model.pt").exists):
         if (parts / "last_model.pt").exists():
@@ -145,7 +158,7 @@ def test_kill_stage_2(data, tmp_path, seed):
 @pytest.mark.parametrize("seed", [random.randrange(10**6)])
 def test_kill_stage_4(tmp_path, seed):
     rng, mistakes = random.Random(seed), tmp_path / "mistakes"
-    iterations = 10 + 6 * KILLS
+    iterations = 10 + 12 * KILLS
     args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes", mistakes,
             "--num-iterations", iterations]
     first = dense_checkpoint(tmp_path)
@@ -154,7 +167,7 @@ def test_kill_stage_4(tmp_path, seed):
         return [f for f in sorted(tmp_path.glob("logs/*")) if any(f.glob("checkpoints/*/checkpoint.pt"))]
 
     seen, step = set(), 0
-    for _ in kill_and_resume(rng, lambda: start("ppo_resnet_reward", tmp_path, *args, "--resume-dir", first),
+    for _ in kill_and_resume(rng, tmp_path, lambda: start("ppo_resnet_reward", tmp_path, *args, "--resume-dir", first),
                              lambda: start("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dirs()[0]), run_dirs):
         now = digests(mistakes, "*/*.png")
         assert seen <= now, f"a frame was lost (seed {seed})"
