@@ -1,15 +1,17 @@
-"""Stage 3: train PPO on PickCube's dense reward and stop at global step 100; stage 4 goes on from there.
+"""Stage 3: train PPO on a task's dense reward and stop at global step 100; stage 4 goes on from there.
 
     writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
     python ppo_dense.py                               # on the GPU if there is one, else one process a core
     torchrun --nproc-per-node=8 ppo_dense.py          # eight GPUs
+    python ppo_dense.py --env-id PushCube-v1          # another ManiSkill task
     python ppo_dense.py --resume-dir logs/<run>       # go on where an interrupted run stopped
     python ppo_dense.py --resume-dir logs/<run> --evaluate
 """
 import atexit
+import contextlib
 import ctypes
-import gc
+import functools
 import io
 import json
 import os
@@ -21,10 +23,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, Optional
 
-import gymnasium as gym
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
+import gymnasium as gym  # noqa: E402
 import numpy as np
+import sapien
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -47,7 +52,7 @@ class RunArgs:
     cuda: bool = True
     """simulate and train on the GPU when there is one"""
     env_id: str = "PickCube-v1"
-    """any ManiSkill task that reports `success`; on a CPU, tasks other than PickCube-v1 run one scene a rank, slowly"""
+    """any ManiSkill task that reports `success` and has a dense reward"""
     control_mode: str = "pd_joint_delta_pos"
     """ManiSkill controller of the arm, the same in all stages"""
     sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
@@ -105,308 +110,6 @@ GPU_CPU_DEFAULTS = dict(num_envs=(1024, 256), learning_rate=(3e-4, 1e-3), anneal
 RATES = ("gamma", "gae_lambda")
 MAY_BE_ZERO = ("seed",)
 
-
-# ---------------------------------------------------------------------------------------------- environment
-
-# Videos show all of the scene.
-VIDEO_CAMERA = dict(view=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
-
-
-def find_task(env_id: str):
-    """The class of a ManiSkill task."""
-    import mani_skill.envs  # noqa: F401  (registers the tasks)
-    from mani_skill.utils.registration import REGISTERED_ENVS
-
-    if env_id not in REGISTERED_ENVS:
-        fail(f"--env-id {env_id}: ManiSkill has no such task")
-    return REGISTERED_ENVS[env_id].cls
-
-
-def make_stock(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None):
-    """ManiSkill's own environment, with our render cameras instead of its own.
-
-    `camera`: views, {name: dict(pose, fov)}, which share frames of width x height pixels from left to right, and shader_pack.
-    A view with `mount` moves with the task's object of that name, and its pose is relative to it.
-    None makes a state-only environment, which also works where there is no Vulkan driver at all.
-    """
-    import sapien
-    from mani_skill.sensors.camera import CameraConfig
-
-    task = find_task(env_id)
-
-    def cameras(env):
-        edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
-        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"], view["fov"],
-                             mount=getattr(env, view.get("mount", ""), None), shader_pack=camera["shader_pack"])
-                for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
-
-    own_cameras = task.__dict__.get("_default_human_render_camera_configs")
-    task._default_human_render_camera_configs = property(cameras) if camera else []  # gym.make can add none
-    render_backend = sim_backend.replace("physx_cuda", "sapien_cuda") if "cuda" in sim_backend else "cpu"
-    material = sapien.render.RenderMaterial
-    if camera is None:  # ManiSkill asks Vulkan for the colour of the cube even when nothing is ever drawn
-        render_backend, sapien.render.RenderMaterial = "none", type("NoMaterial", (), dict(__init__=lambda *_, **__: None))
-        sapien.pysapien.render.RenderMaterial = sapien.render.RenderMaterial
-    try:
-        return gym.make(env_id, num_envs=num_envs, obs_mode="state", control_mode=control_mode, sim_backend=sim_backend,
-                        render_backend=render_backend)
-    except AssertionError as error:
-        fail(f"--control-mode: {error}")
-    except RuntimeError as error:
-        if camera is None:
-            raise
-        fail(f"no Vulkan device to render with ({error}); on a CPU install Mesa's lavapipe >= 24.3: "
-             "bash tests/install_cpu_renderer.sh (on a GPU: the driver's own Vulkan)")
-    finally:
-        sapien.render.RenderMaterial = sapien.pysapien.render.RenderMaterial = material
-        if own_cameras is None:
-            del task._default_human_render_camera_configs
-        else:
-            task._default_human_render_camera_configs = own_cameras
-
-
-def take_pictures(env, show_goal_site: bool):
-    """(num_envs, H, W, 3) uint8: what the render cameras of a ManiSkill environment see, side by side."""
-    from mani_skill.utils.visualization.misc import tile_images
-
-    if show_goal_site:
-        return env.render_rgb_array()
-    for hidden in env._hidden_objects:
-        hidden.hide_visual()
-    env.scene.update_render(update_sensors=False, update_human_render_cameras=True)
-    frames = tile_images(list(env.scene.get_human_render_camera_images().values()))
-    for hidden in env._hidden_objects:
-        hidden.show_visual()
-    return frames
-
-
-def has_renderer(sim_backend: str) -> bool:
-    """Whether SAPIEN can draw here; if not, says so and what it needs."""
-    import sapien
-
-    try:
-        sapien.render.RenderSystem(sapien.Device("cuda" if sim_backend == "physx_cuda" else "cpu"))
-        return True
-    except RuntimeError as error:
-        if RANK == 0:
-            print(f"{SCRIPT}: warning: no videos, for want of a Vulkan device ({error}); on a CPU install Mesa's lavapipe >= "
-                  "24.3: bash tests/install_cpu_renderer.sh", file=sys.stderr)
-        return False
-
-
-class PickCubeCPU:
-    """`num_envs` PickCube-v1 scenes (Panda, pd_joint_delta_pos) in one process, on PhysX's CPU backend.
-
-    ManiSkill runs one scene a process on a CPU and spends most of a step on per-scene torch bookkeeping. These are stock
-    scenes too, but `step` and partial resets talk to SAPIEN directly, and observation, reward and success are computed once,
-    vectorised over all scenes. tests/test_env.py compares every number with the stock environment.
-
-    Args:
-        num_envs: number of scenes N.
-        max_episode_steps: `truncated` is set from this step of an episode on.
-        camera: None (nothing of Vulkan is touched), or what `render_frames` shows, see make_stock.
-        show_goal_site: draw the green goal sphere.
-    """
-
-    def __init__(self, num_envs: int, *, max_episode_steps: int = 50, camera: Optional[dict] = None,
-                 show_goal_site: bool = True):
-        gc.freeze()  # ManiSkill collects garbage in every scene it builds: 0.3 s each with torch imported
-        self._envs = [make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu").unwrapped for _ in range(num_envs)]
-        # One more scene is the photo studio: render_frames poses it like the scene to be photographed.
-        self._studio = camera and make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", camera).unwrapped
-        gc.unfreeze()
-        self._show_goal_site = show_goal_site
-        self._scenes = [self._handles(env) for env in self._envs]
-        self.num_envs, self.device, self.max_episode_steps = num_envs, torch.device("cpu"), max_episode_steps
-        self.single_observation_space = self._envs[0].single_observation_space
-        self.single_action_space = self._envs[0].single_action_space
-        self._qpos = np.zeros((num_envs, 9), np.float32)
-        self._qvel = np.zeros((num_envs, 9), np.float32)
-        self._tcp_pose = np.zeros((num_envs, 7), np.float32)  # position, quaternion wxyz
-        self._cube_pose = np.zeros((num_envs, 7), np.float32)
-        self._goal_pos = np.zeros((num_envs, 3), np.float32)
-        self._finger_quat = np.zeros((num_envs, 2, 4), np.float32)
-        self._finger_impulse = np.zeros((num_envs, 2, 3), np.float32)  # of the cube on each finger in the last physics step
-        self._elapsed_steps = np.zeros(num_envs, np.int64)
-
-    @staticmethod
-    def _handles(env):
-        """The SAPIEN objects behind one ManiSkill scene."""
-        agent, robot = env.agent, env.agent.robot._objs[0]
-        return dict(px=env.scene.px, robot=robot, drives=[joint.set_drive_target for joint in robot.active_joints],
-                    tcp=agent.tcp._objs[0], fingers=[agent.finger1_link._objs[0], agent.finger2_link._objs[0]],
-                    cube=env.cube._objs[0], cube_body=env.cube._bodies[0], goal=env.goal_site._objs[0],
-                    table=env.table_scene.table._objs[0])
-
-    def reset(self, seed=None, options: Optional[dict] = None):
-        """Start new episodes in the scenes `options["env_idx"]` (default: all).
-
-        `seed` is a list with one seed a scene, or an int that stands for the same list as in ManiSkill: itself, then draws of
-        `np.random.RandomState(seed)`. Scene i then starts as `gym.make("PickCube-v1", num_envs=1).reset(seed=seeds[i])`.
-
-        Returns:
-            obs: (N, 42) float32, all scenes.
-            info: success, is_obj_placed, is_robot_static, is_grasped: (N,) bool each.
-        """
-        idx = np.arange(self.num_envs) if options is None else np.asarray(options["env_idx"])
-        if seed is None:
-            self._new_episodes(idx)
-        else:
-            seeds = [seed, *np.random.RandomState(seed).randint(2**31, size=len(idx) - 1)] if np.isscalar(seed) else seed
-            for i, scene_seed in zip(idx, seeds):
-                self._envs[i].reset(seed=int(scene_seed))
-                self._goal_pos[i] = self._scenes[i]["goal"].pose.p
-        for i in idx:
-            self._read_state(i)
-        self._elapsed_steps[idx] = 0
-        info = self._evaluate()
-        return self._observation(info), {key: torch.from_numpy(value) for key, value in info.items()}
-
-    def _new_episodes(self, idx):
-        """PickCube's `_initialize_episode` for many scenes: the same draws from the same generators, in the same order."""
-        import sapien
-        from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_quaternion
-
-        env = self._envs[0]
-        u = torch.rand(len(idx), 8)  # cube x, y; three angles, of which PickCube keeps the last; goal x, y, z
-        size, center = env.cube_spawn_half_size, torch.tensor(env.cube_spawn_center)
-        cube_z = torch.full((len(idx), 1), env.cube_half_size)
-        cube_xyz = torch.cat([u[:, :2] * size * 2 - size + center, cube_z], 1).numpy()
-        goal_xyz = torch.cat([u[:, 5:7] * size * 2 - size + center, u[:, 7:] * env.max_goal_height + cube_z], 1).numpy()
-        angles = u[:, 2:5] * (2 * np.pi) * torch.tensor([0.0, 0.0, 1.0])
-        cube_quat = matrix_to_quaternion(euler_angles_to_matrix(angles, "XYZ")).numpy()
-        rest, zeros = env.agent.keyframes["rest"].qpos, np.zeros(9, np.float32)
-        for k, i in enumerate(idx):
-            robot, cube, body = (self._scenes[i][name] for name in ("robot", "cube", "cube_body"))
-            qpos = rest + self._envs[i]._episode_rng.normal(0, env.robot_init_qpos_noise, (1, 9))[0]
-            qpos[7:] = 0.04
-            body.linear_velocity = body.angular_velocity = zeros[:3]
-            robot.qvel = robot.qf = zeros
-            robot.qpos = qpos
-            cube.pose = sapien.Pose(cube_xyz[k], cube_quat[k])
-            self._scenes[i]["goal"].pose = sapien.Pose(goal_xyz[k])
-        self._goal_pos[idx] = goal_xyz
-
-    def step(self, action):
-        """Advance every scene by one control step, 0.05 s in five physics steps.
-
-        Args:
-            action: (N, 8) float32, clipped to [-1, 1]: seven joint deltas in units of 0.1 rad, and the gripper.
-
-        Returns:
-            obs (N, 42) float32, reward (N,) float32 in [0, 1], terminated (N,) bool, truncated (N,) bool, info as `reset`.
-        """
-        action = np.clip(action.numpy(), -1, 1)
-        low, high = np.float32(-0.01), np.float32(0.04)
-        fingers = 0.5 * (high + low) + 0.5 * (high - low) * action[:, 7:]
-        targets = np.concatenate([self._qpos[:, :7] + 0.1 * action[:, :7], fingers, fingers], 1).tolist()
-        for i, scene in enumerate(self._scenes):
-            for drive, target in zip(scene["drives"], targets[i]):
-                drive(target)
-            for _ in range(5):  # sim_freq 100 Hz, control_freq 20 Hz
-                scene["px"].step()
-            self._read_state(i)
-        self._read_contacts()
-        self._elapsed_steps += 1
-        info = self._evaluate()
-        obs, reward = self._observation(info), torch.from_numpy(self._dense_reward(info))
-        truncated = torch.from_numpy(self._elapsed_steps >= self.max_episode_steps)
-        info = {key: torch.from_numpy(value) for key, value in info.items()}
-        return obs, reward, info["success"].clone(), truncated, info
-
-    def _read_state(self, i):
-        scene = self._scenes[i]
-        self._qpos[i], self._qvel[i] = scene["robot"].qpos, scene["robot"].qvel
-        tcp, cube = scene["tcp"].entity_pose, scene["cube"].pose
-        self._tcp_pose[i, :3], self._tcp_pose[i, 3:] = tcp.p, tcp.q
-        self._cube_pose[i, :3], self._cube_pose[i, 3:] = cube.p, cube.q
-
-    def _read_contacts(self):
-        """Contact impulses of the cubes on the fingers; a cube 15 cm from the tcp is out of their reach."""
-        self._finger_impulse[:] = 0
-        offset = self._cube_pose[:, :3] - self._tcp_pose[:, :3]
-        for i in np.flatnonzero((offset * offset).sum(1) <= 0.15**2):
-            scene = self._scenes[i]
-            cube, fingers, impulses = scene["cube_body"], scene["fingers"], [[], []]
-            for contact in scene["px"].get_contacts():
-                a, b = contact.bodies
-                if a is not cube and b is not cube:
-                    continue
-                finger, sign = (b, -1) if a is cube else (a, 1)
-                for f in (0, 1):
-                    if finger is fingers[f]:
-                        impulses[f] += [sign * point.impulse for point in contact.points]
-            for f in (0, 1):
-                if impulses[f]:
-                    self._finger_impulse[i, f] = np.add.reduce(impulses[f])
-                    self._finger_quat[i, f] = fingers[f].entity_pose.q
-
-    def _evaluate(self):
-        """PickCube's `evaluate`, with Panda's `is_grasping` and `is_static`."""
-        force = self._finger_impulse / self._envs[0].scene.px.timestep  # (N, 2, 3) newtons
-        w, x, y, z = np.moveaxis(self._finger_quat, -1, 0)
-        opening = np.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], -1)  # the fingers' y axes
-        opening[:, 1] *= -1
-        norm = np.linalg.norm(force, axis=-1)
-        angle = np.rad2deg(np.arccos(np.clip((force * opening).sum(-1) / np.maximum(norm, 1e-6), -1, 1)))
-        placed = np.linalg.norm(self._goal_pos - self._cube_pose[:, :3], axis=1) <= self._envs[0].goal_thresh
-        static = np.abs(self._qvel[:, :7]).max(1) <= 0.2
-        return dict(success=placed & static, is_obj_placed=placed, is_robot_static=static,
-                    is_grasped=((norm >= 0.5) & (angle <= 85)).all(1))
-
-    def _observation(self, info):
-        return torch.from_numpy(np.concatenate([
-            self._qpos, self._qvel, info["is_grasped"][:, None], self._tcp_pose, self._goal_pos, self._cube_pose,
-            self._cube_pose[:, :3] - self._tcp_pose[:, :3], self._goal_pos - self._cube_pose[:, :3],
-        ], axis=1, dtype=np.float32))
-
-    def _dense_reward(self, info):
-        """PickCube's `compute_normalized_dense_reward`."""
-        def closeness(x):
-            return 1 - np.tanh(5 * np.linalg.norm(x, axis=1))
-
-        reward = closeness(self._cube_pose[:, :3] - self._tcp_pose[:, :3]) + info["is_grasped"]
-        reward += closeness(self._goal_pos - self._cube_pose[:, :3]) * info["is_grasped"]
-        reward += closeness(self._qvel[:, :7]) * info["is_obj_placed"]
-        reward[info["success"]] = 5
-        return reward.astype(np.float32) / 5
-
-    def render_frames(self, env_idx):
-        """Photograph the scenes `env_idx` (K,): (K, H, W, 3) uint8."""
-        frames, studio = [], self._handles(self._studio)
-        for i in env_idx.tolist():
-            studio["robot"].qpos = self._qpos[i]
-            for name in ("cube", "goal", "table"):
-                studio[name].pose = self._scenes[i][name].pose
-            frames.append(take_pictures(self._studio, self._show_goal_site))
-        return torch.cat(frames)
-
-
-class StockEnvs(gym.Wrapper):
-    """A ManiSkill environment (many scenes on a GPU, or one on a CPU) with the interface of PickCubeCPU."""
-
-    def __init__(self, env, show_goal_site: bool):
-        super().__init__(env)
-        self.num_envs, self.device = env.unwrapped.num_envs, env.unwrapped.device
-        self.single_observation_space = env.unwrapped.single_observation_space
-        self.single_action_space = env.unwrapped.single_action_space
-        self.max_episode_steps = env.get_wrapper_attr("_max_episode_steps")
-        self._show_goal_site = show_goal_site
-
-    def render_frames(self, env_idx):
-        return take_pictures(self.env.unwrapped, self._show_goal_site)[env_idx]
-
-
-def make_envs(args, num_envs: int, camera: Optional[dict] = None, show_goal_site: bool = True):
-    """This rank's scenes of `args.env_id`, on the chosen backend; the training loop cannot tell one backend from another."""
-    if args.sim_backend == "physx_cpu" and args.env_id == "PickCube-v1" and args.control_mode == "pd_joint_delta_pos":
-        return PickCubeCPU(num_envs, camera=camera, show_goal_site=show_goal_site)
-    device = f":{os.environ.get('LOCAL_RANK', 0)}" if args.sim_backend == "physx_cuda" else ""
-    env = make_stock(args.env_id, num_envs, args.control_mode, args.sim_backend + device, camera)
-    return StockEnvs(env, show_goal_site)
-
-
-# ---------------------------------------------------------------------------------------------- agent
 
 def layer_init(layer, std=2**0.5):
     nn.init.orthogonal_(layer.weight, std)
@@ -476,287 +179,20 @@ def compute_gae(rewards, values, next_values, terminal, dones, gamma: float, gae
     return advantages
 
 
-@torch.no_grad()
-def evaluate(agent, envs, num_videos: int = 0):
-    """One episode a scene with the deterministic policy, on seeds that never change.
-
-    Returns:
-        metrics: success_once (at any step), success_at_end (in the last step), episode_len (steps until the first success
-            or the time-out), return (sum of rewards until then): means over the episodes of all ranks.
-        video: (max_episode_steps, H, W, 3) uint8 of the first `num_videos` scenes side by side, or None.
-    """
-    first_seed = 1_000_000 + RANK * envs.num_envs
-    obs, _ = envs.reset(seed=list(range(first_seed, first_seed + envs.num_envs)))
-    once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
-    episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
-    video = []
-    for _ in range(envs.max_episode_steps):
-        obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
-        episode_len += ~once
-        episode_return += reward * ~once
-        once |= info["success"]
-        if num_videos:
-            video.append(torch.cat(list(envs.render_frames(torch.arange(num_videos, device=envs.device))), 1).cpu().numpy())
-    means = all_reduce_sum(torch.stack([once, info["success"], episode_len, episode_return]).mean(1)) / WORLD_SIZE
-    names = ("success_once", "success_at_end", "episode_len", "return")
-    return dict(zip(names, means.tolist())), np.stack(video) if video else None
-
-
-def save_video(run_dir: Path, writer, video, global_step: int):
-    """videos/global_step_<N>.mp4 at the control frequency of 20 Hz, and a moving picture in TensorBoard."""
-    import imageio
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    path, gif = run_dir / "videos" / f"global_step_{global_step}.mp4", io.BytesIO()
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, video, fps=20, macro_block_size=1)
-    imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
-    image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
-
-
-# ---------------------------------------------------------------------------------------------- ranks and files
-
-def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
-    if RANK == 0:
-        print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def die_with_parent():
-    """Called in a new rank: when the process that started it is killed, so is the rank (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
-
-def start_ranks(num_procs: int) -> int:
-    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
-                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
-    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
-                              preexec_fn=die_with_parent) for r in range(num_procs)]
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code]
-        if failed or None not in codes:
-            for rank in ranks:
-                rank.kill()
-            return abs(failed[0]) if failed else 0
-        time.sleep(0.1)
-
-
-def join_ranks(backend: str):
-    """Form the process group of this and the other ranks. A rank that loses another says so in one line."""
-    python_hook = sys.excepthook
-
-    def hook(kind, error, traceback):
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            print(f"{SCRIPT}: rank {RANK} has lost another rank; continue from the last checkpoint", file=sys.stderr)
-        else:
-            python_hook(kind, error, traceback)
-
-    sys.excepthook = hook
-    store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
-    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
-
-
-def on_rank0(function, *arguments):
-    """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
-    result = [None, False]
-    if RANK == 0:
-        try:
-            result = [function(*arguments), True]
-        except OSError as error:
-            print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
-                  "mend that, then resume", file=sys.stderr)
-        except SystemExit:  # fail() has spoken
-            pass
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(result)
-    if not result[1]:
-        sys.exit(2)
-    return result[0]
-
-
-def all_reduce_sum(tensor):
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def average_gradients(parameters):
-    """Average the gradients over the ranks: one all-reduce of one flat tensor."""
-    if WORLD_SIZE > 1:
-        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters])) / WORLD_SIZE
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(grad.view_as(p.grad))
-
-
-def write_file(path: Path, data: bytes, sync: bool = False):
-    """Write via a temporary file, so that `path` never holds half of it; `sync`: not even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        if sync:
-            f.flush()
-            os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def make_run_dir(args) -> Path:
-    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
-    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
-    run_dir.mkdir(parents=True)
-    write_file(run_dir / "args.json",
-               json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
-    return run_dir
-
-
-def restarted_run(args) -> Optional[str]:
-    """After `torchrun --max-restarts` has started the ranks anew: the folder of the run that they had begun; else None."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        for file in sorted(Path(args.log_dir).glob("*/args.json"), reverse=True):
-            if json.loads(file.read_text()).get("launcher") == LAUNCHER and any(file.parent.glob("checkpoints/*/*.pt")):
-                return str(file.parent)
-    return None
-
-
-def save_checkpoint(run_dir: Path, agent, optimizer, global_step: int, env_steps: int, args):
-    """checkpoints/global_step_<N>/checkpoint.pt, tensors and plain values only."""
-    folder, buffer = run_dir / "checkpoints" / f"global_step_{global_step}", io.BytesIO()
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(script=SCRIPT, agent=agent.state_dict(), optimizer=optimizer.state_dict(), global_step=global_step,
-                    env_steps=env_steps, args=asdict(args)), buffer)
-    write_file(folder / "checkpoint.pt", buffer.getvalue(), sync=True)
-
-
-def load_checkpoint(resume_dir: str):
-    """The checkpoint in a checkpoint folder, or the newest whole one in a run's folder; returns (checkpoint, run_dir)."""
-    folder, error = Path(resume_dir), "there is none"
-    steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
-    is_run = not (folder / "checkpoint.pt").exists()
-    for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
-        try:
-            checkpoint = torch.load(candidate / "checkpoint.pt", map_location="cpu", weights_only=True)
-            if {"script", "agent", "optimizer", "global_step", "env_steps"} <= checkpoint.keys():
-                return checkpoint, candidate.parents[1]
-            error = "it was not written by this project"
-        except Exception as e:  # torch.load raises many kinds of errors for damaged files
-            error = str(e).strip().partition("\n")[0][:100]
-    fail(f"--resume-dir {resume_dir}: no checkpoint could be read ({error}); name a run's folder or a checkpoint's")
-
-
-def command_to_go_on(run_dir: Path) -> str:
-    """This command line, with `run_dir` as its --resume-dir."""
-    argv = list(sys.argv)
-    for i in reversed(range(len(argv))):
-        if argv[i].replace("_", "-").partition("=")[0] == "--resume-dir":
-            del argv[i:i + (1 if "=" in argv[i] else 2)]
-    return shlex.join(["python", *argv, "--resume-dir", str(run_dir)])
-
-
-def load_weights(agent, optimizer, checkpoint):
-    """Take over the checkpoint's agent and optimizer: without Adam's moments, its first steps hurt a trained policy."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if "initial_lr" not in optimizer.param_groups[0]:
-            raise KeyError("the optimizer has no initial_lr")
-        if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
-            raise ValueError("it has weights that are not finite")
-    except (RuntimeError, ValueError, KeyError) as error:
-        fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
-             "another --env-id or --control-mode?")
-
-
-def parse_args():
-    """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
-    groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
-
-
-def check_args(args) -> int:
-    """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
-
-    Returns:
-        the number of ranks.
-    """
-    if args.sim_backend == "auto":
-        args.sim_backend = "physx_cuda" if args.cuda and torch.cuda.is_available() else "physx_cpu"
-    gpu = args.sim_backend == "physx_cuda"
-    if gpu and not torch.cuda.is_available():
-        fail("--sim-backend physx_cuda needs an NVIDIA GPU and none was found; leave it out to simulate on the CPU")
-    for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, gpu_default if gpu else cpu_default)
-    for name, value in vars(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_ZERO and value < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-        if name in RATES and not 0 <= value <= 1:
-            fail(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
-    if "WORLD_SIZE" in os.environ:
-        num_ranks = WORLD_SIZE
-    elif gpu:
-        num_ranks = 1
-    else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_ranks = args.num_procs or next(
-            n for n in range(cores, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
-    for name in ("num_envs", "num_eval_envs"):
-        if getattr(args, name) % num_ranks:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {num_ranks} ranks; take a multiple")
-        stock = args.env_id != "PickCube-v1" or args.control_mode != "pd_joint_delta_pos"
-        if stock and not gpu and getattr(args, name) > num_ranks:
-            fail(f"{args.env_id} with {args.control_mode} runs one scene a rank on a CPU: take --num-envs {num_ranks} "
-                 f"--num-eval-envs {num_ranks}, or PickCube-v1 with pd_joint_delta_pos")
-    if args.num_envs // num_ranks * args.num_steps < args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} is more than the {args.num_envs // num_ranks * args.num_steps} steps "
-             "of a rank's rollout")
-    if args.evaluate and not args.resume_dir:
-        fail("--evaluate needs a checkpoint: --resume-dir logs/<run>")
-    return num_ranks
-
-
-if __name__ == "__main__":
-    args = parse_args()
-    num_procs = check_args(args)
-    args.resume_dir = restarted_run(args) or args.resume_dir
-    checkpoint, run_dir = load_checkpoint(args.resume_dir) if args.resume_dir else (None, None)
-    if num_procs > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(start_ranks(num_procs))
-
-    # Ranks and seeds
-    gpu = args.sim_backend == "physx_cuda"
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    else:
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
-    if WORLD_SIZE > 1:
-        join_ranks("nccl" if gpu else "gloo")
-    stop_signals = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
+def train(args: Args):
+    # Start, or go on
+    checkpoint, run_dir = load_checkpoint(args)
     continued = checkpoint is not None and checkpoint["script"] == SCRIPT
     global_step, env_steps = (checkpoint["global_step"], checkpoint["env_steps"]) if continued else (0, 0)
+    device, stop_signals = join_ranks(args.sim_backend == "physx_cuda"), catch_signals()
     seed = args.seed + 1000 * global_step + RANK  # a continued run must not repeat the episodes it began with
     torch.manual_seed(seed)
 
     # Scenes
     args.capture_video = args.capture_video and has_renderer(args.sim_backend)
-    film = dict(views=VIDEO_CAMERA, width=224, height=224, shader_pack="minimal")
-    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, film if args.capture_video else None)
+    eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, VIDEO_CAMERA if args.capture_video else None)
     envs = eval_envs if args.evaluate else make_envs(args, args.num_envs // WORLD_SIZE)
-    device, num_envs = envs.device, envs.num_envs
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    num_envs, obs_dim, action_dim = envs.num_envs, envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
@@ -767,29 +203,13 @@ if __name__ == "__main__":
         load_weights(agent, optimizer, checkpoint)
         if not continued:
             optimizer.param_groups[0].update(lr=args.learning_rate, initial_lr=args.learning_rate)
-    if WORLD_SIZE > 1:
-        for p in parameters:
-            dist.broadcast(p.data, 0)
+    broadcast(parameters)
 
     # The run's folder
-    if not continued:
-        run_dir = on_rank0(make_run_dir, args)
+    run_dir = run_dir if continued else on_rank0(make_run_dir, args)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1) if RANK == 0 else None
-    num_videos = min(4, eval_envs.num_envs) if args.capture_video and RANK == 0 else 0
-
-    def log_evaluation():
-        metrics, video = evaluate(agent, eval_envs, num_videos)
-        if RANK == 0:
-            for name, value in metrics.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            if video is not None:
-                save_video(run_dir, writer, video, global_step)
-            tqdm.write(f"global step {global_step}, {env_steps:,} env steps: "
-                       + ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items()))
-
     if args.evaluate:
-        log_evaluation()
-        sys.exit(0)
+        return log_evaluation(agent, eval_envs, args, run_dir, writer, global_step, env_steps)
 
     # Storage of one rollout
     obs = torch.zeros((args.num_steps, num_envs, obs_dim), device=device)
@@ -821,7 +241,7 @@ if __name__ == "__main__":
             current_obs, reward, terminated, truncated, info = envs.step(action)
             done = terminated | truncated
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            env_steps += args.num_envs
+            env_steps += num_envs * WORLD_SIZE
             episode_len += 1
             episode_return += reward
             done_idx = done.nonzero().squeeze(-1)
@@ -868,43 +288,26 @@ if __name__ == "__main__":
                     losses += torch.stack([value_loss, policy_loss, entropy.mean(), approx_kl, clipfrac])
                     epoch_kl += approx_kl
                 num_updates += 1
-            mean_kl = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE)
-            if mean_kl > args.target_kl:
+            if all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE) > args.target_kl:
                 break
-
         agent.update_normalization(obs)
 
         # Log
-        stop = torch.tensor([float(bool(stop_signals))], dtype=torch.float64, device=device)
-        *totals, stop = all_reduce_sum(torch.cat([finished, losses.double() / num_updates, stop])).tolist()
-        episodes, successes, lengths, total_return = totals[:4]
-        losses = [loss / WORLD_SIZE for loss in totals[4:]]
-        if not np.isfinite(losses).all():
-            fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "
-                 f"smaller --learning-rate: --resume-dir {run_dir}")
-        stopping = stop > 0
+        scalars = mean_losses(losses / num_updates, global_step, run_dir)
+        *finished, stopping = all_reduce_sum(torch.cat([finished, finished.new_tensor([len(stop_signals)])])).tolist()
         if RANK == 0:
-            scalars = {}
-            if episodes:
-                scalars |= {"env/success_once": successes / episodes, "env/episode_len": lengths / episodes,
-                            "env/return": total_return / episodes, "env/reward": total_return / lengths}
-            names = ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")
-            scalars |= {f"losses/{name}": loss for name, loss in zip(names, losses)}
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/env_steps"] = env_steps
             scalars["charts/rollout_share"] = rollout_time / (time.time() - iteration_time)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, global_step)
+            log_iteration(writer, progress, global_step, finished, scalars)
             progress.update()
-            progress.set_postfix_str("success {:.0%}, {:.0f} env steps/s".format(
-                successes / max(episodes, 1), scalars["charts/SPS"]))
 
         # Evaluate, checkpoint
         last = stopping or global_step == args.num_iterations
         if last or global_step % args.eval_freq == 0:
-            log_evaluation()
+            log_evaluation(agent, eval_envs, args, run_dir, writer, global_step, env_steps)
         if last or global_step % args.save_interval == 0:
             on_rank0(save_checkpoint, run_dir, agent, optimizer, global_step, env_steps, args)
 
@@ -915,3 +318,729 @@ if __name__ == "__main__":
               f"{run_dir / 'checkpoints' / f'global_step_{global_step}'}")
         if global_step < args.num_iterations:
             print(f"To go on: {command_to_go_on(run_dir)}")
+
+
+# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+
+# ---------------------------------------------------------------------------------------------- scenes
+
+def find_task(env_id: str):
+    """ManiSkill's entry of a task, which must have a dense reward, for stages 1 and 3 to learn from, and a time limit."""
+    from mani_skill.envs.sapien_env import BaseEnv
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    task = REGISTERED_ENVS.get(env_id)
+    if task is None:
+        fail(f"--env-id {env_id}: ManiSkill has no such task")
+    has_reward = task.cls.compute_normalized_dense_reward is not BaseEnv.compute_normalized_dense_reward
+    if not has_reward or "normalized_dense" not in task.cls.SUPPORTED_REWARD_MODES or not task.max_episode_steps:
+        fail(f"--env-id {env_id} has no dense reward or no time limit; choose a task that has both, such as PushCube-v1")
+    return task
+
+
+@contextlib.contextmanager
+def replaced(owner, name: str, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class NoMaterial(metaclass=type("", (type,), dict(__instancecheck__=lambda *_: True))):
+    """ManiSkill asks Vulkan for the colours of objects even when nothing is ever drawn."""
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None, batched=False):
+    """A ManiSkill environment, with our render cameras instead of its own.
+
+    `camera`: views, {name: dict(pose, fov)}, which share frames of width x height pixels from left to right, shader_pack, and
+    meshes (light or stock). A view with `mount` moves with the task's object of that name, its pose is relative to it.
+    None makes a state-only environment, which also works where there is no Vulkan driver at all.
+    `batched`: on a CPU, where ManiSkill has one scene a process, simulate `num_envs` through PhysxCpuScenes.
+    """
+    from mani_skill.envs import sapien_env
+    from mani_skill.sensors.camera import CameraConfig
+    from mani_skill.utils.registration import EnvSpec, TimeLimitWrapper
+
+    def cameras(env):
+        edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
+        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"], view["fov"],
+                             mount=getattr(env, view.get("mount", ""), None), shader_pack=camera["shader_pack"])
+                for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
+
+    task, changes = find_task(env_id), dict(_default_human_render_camera_configs=property(cameras) if camera else [])
+    options = dict(num_envs=num_envs, obs_mode="state", reward_mode="normalized_dense", control_mode=control_mode,
+                   sim_backend=sim_backend, render_backend=sim_backend.replace("physx", "sapien") if camera else "none")
+    if batched:
+        changes["_setup_scene"], options["reconfiguration_freq"] = PhysxCpuScenes.setup_scene, 0
+    spec = EnvSpec(env_id, type(env_id, (task.cls,), changes), None, task.asset_download_ids, task.default_kwargs)
+    material = sapien.render.RenderMaterial if camera else NoMaterial
+    try:
+        with (replaced(sapien_env, "CPU_SIM_BACKENDS", ()), replaced(sapien.render, "RenderMaterial", material),
+              replaced(sapien.pysapien.render, "RenderMaterial", material)):
+            env = TimeLimitWrapper(spec.make(**options), task.max_episode_steps)
+    except AssertionError as error:
+        fail(f"--control-mode: {error}")
+    except EOFError:
+        fail(f"--env-id {env_id} needs files: python -m mani_skill.utils.download_asset {env_id}")
+    except RuntimeError as error:
+        if camera is None:
+            raise
+        fail(f"no Vulkan device to render with ({error}); on a CPU install Mesa's lavapipe >= 24.3: "
+             "bash tests/install_cpu_renderer.sh (on a GPU: the driver's own Vulkan)")
+    if camera and camera["meshes"] == "light":
+        use_light_meshes(env.unwrapped)
+    return env
+
+
+def use_light_meshes(env):
+    """Join vertices of the robot, all but its hand, on a grid of 8 mm, of the ground on one of 40 m: their triangles, 155,000
+    of PickCube's, take most of a frame's time on a CPU, and 25,000 look nearly the same."""
+    cells = {link.entity: 0.008 for struct in env.agent.robot.links for link in struct._objs
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
+    cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
+    for entity, cell in cells.items():
+        heavy, light = entity.find_component_by_type(sapien.render.RenderBodyComponent), sapien.render.RenderBodyComponent()
+        for shape in heavy.render_shapes if heavy else ():
+            is_mesh = isinstance(shape, sapien.render.RenderShapeTriangleMesh)
+            for part in shape.parts if is_mesh else ():
+                _, joined, counts = np.unique(np.round(part.vertices * shape.scale / cell), axis=0, return_inverse=True,
+                                              return_counts=True)
+                triangles = np.unique(joined.reshape(-1)[part.triangles], axis=0)
+                triangles = triangles[(triangles != np.roll(triangles, 1, axis=1)).all(1)]
+                vertices, normals, uvs = (
+                    np.stack([np.bincount(joined.reshape(-1), column) for column in values.T], 1) / counts[:, None]
+                    for values in (part.vertices * shape.scale, part.get_vertex_normal(), part.get_vertex_uv()))
+                if len(triangles):
+                    mesh = sapien.render.RenderShapeTriangleMesh(vertices, triangles, normals, uvs, part.material)
+                    mesh.local_pose = shape.local_pose
+                    light.attach(mesh)
+            if not is_mesh:
+                light.attach(shape.clone())
+        if heavy:
+            entity.remove_component(heavy)
+            entity.add_component(light)
+
+
+class PhysxBuffer:
+    """A tensor through which ManiSkill talks to PhysX on a GPU, a row an object, for objects on a CPU: a row is read from its
+    object when it is asked for and its scene has changed, and written to it when it is assigned; targets of joints, which
+    PhysX never changes, are written together before the next step.
+
+    Args:
+        scenes: (num_rows,) int, the scene of each row's object.
+        parts: {(first, end): (getters, setters)}: of each row, the functions that get and set the values of these columns.
+    """
+
+    def __init__(self, px, scenes, parts: dict, targets: bool = False):
+        self.px, self.scenes, self.parts, self.targets, self.unwritten = px, np.array(scenes, int), parts, targets, set()
+        self.index, self.data = np.arange(len(scenes)), torch.zeros(len(scenes), max(end for _, end in parts))
+        self.values = {part: self.data.numpy()[:, slice(*part)] for part in parts}  # the same memory
+        self.read = {part: np.full(len(scenes), -1) for part in parts}  # what px.version was when the row was read
+        self[:, :]
+
+    def torch(self):
+        self.px.catch_up()
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return function(*[arg.data if isinstance(arg, cls) else arg for arg in args], **kwargs or {})
+
+    def _affected(self, key):
+        rows, columns = key
+        rows = self.index[rows if isinstance(rows, slice) else rows.numpy()]
+        first, end, _ = columns.indices(self.data.shape[1]) if isinstance(columns, slice) else (0, self.data.shape[1], 1)
+        return rows if rows.ndim == 1 else rows[:, 0], [part for part in self.parts if part[0] < end and part[1] > first]
+
+    def __getitem__(self, key):
+        rows, parts = self._affected(key)
+        version = self.px.version[self.scenes[rows]]
+        for part in parts:
+            stale = self.read[part][rows] != version
+            if stale.any():
+                getters, values = self.parts[part][0], self.values[part]
+                for row in rows[stale].tolist():
+                    value = getters[row]()
+                    values[row, :len(value)] = value
+                self.read[part][rows[stale]] = version[stale]
+        return self.data[key]
+
+    def __setitem__(self, key, value):
+        if not self.targets and not isinstance(key[1], slice):
+            self[key]  # setters take whole rows
+        self.data[key] = value
+        rows, parts = self._affected(key)
+        self.unwritten.update(rows.tolist())
+        if not self.targets:
+            self.write(parts)
+            self.px.version[self.scenes[rows]] += 1
+
+    def write(self, parts):
+        for part in parts:
+            setters, values = self.parts[part][1], self.values[part]
+            for row in self.unwritten:
+                setters[row](values[row])
+        self.unwritten.clear()
+
+
+class PhysxCpuScenes:
+    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU.
+
+    ManiSkill runs one scene a process on a CPU. With this in the place of `scene.px`, its code for a GPU, from controllers and
+    partial resets to rewards, computes all scenes at once; only physics is stepped scene by scene. tests/test_env.py compares
+    every number with the stock environment of one scene.
+    """
+    __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
+
+    @staticmethod
+    def setup_scene(env):
+        """Takes the place of ManiSkill's BaseEnv._setup_scene."""
+        from mani_skill.envs.scene import ManiSkillScene
+
+        env._set_scene_config()
+        scenes = [sapien.Scene([sapien.physx.PhysxCpuSystem()]) for _ in range(env.num_envs)]
+        env.scene = ManiSkillScene(scenes, sim_config=env.sim_config, device=env.device, backend=env.backend)
+        env.scene.px, env.scene.gpu_sim_enabled = PhysxCpuScenes(env.scene, 1 / env._sim_freq), True
+
+    def __init__(self, scene, timestep: float):
+        self.scene, self.timestep, self.systems = scene, timestep, [sub_scene.physx_system for sub_scene in scene.sub_scenes]
+        self.steps, self.version = 0, np.zeros(len(self.systems), int)  # of a scene's state: counts changes
+        self.contact_rows, self.impulses = {}, np.zeros((0, 3), np.float32)
+        for px in self.systems:
+            px.timestep = timestep
+
+    def __getattr__(self, name):
+        if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # buffers do it when they are used
+            return lambda: None
+        raise AttributeError(name)
+
+    def step(self):
+        self.steps += 1  # later: all steps of a scene in a row are 1.4 times as fast as one of every scene in turn (caches)
+
+    def catch_up(self):
+        if self.steps:
+            for targets in (self.cuda_articulation_target_qpos, self.cuda_articulation_target_qvel):
+                targets.write(targets.parts)
+            for px in self.systems:
+                for _ in range(self.steps):
+                    px.step()
+            self.steps, self.contacts_known = 0, False
+            self.version += 1
+
+    def gpu_init(self):
+        """ManiSkill has built everything: give each articulation and each body that can be moved its row in the buffers."""
+        scene, as_rows = self.scene, functools.partial(torch.tensor, dtype=torch.int32)
+        actors = [actor for actor in [*scene.actors.values(), *scene.actor_views.values()] if actor.px_body_type != "static"]
+        links = [link for art in scene.articulations.values() for link in art.links]
+        bodies = {body: int(i) for struct in actors + links for body, i in zip(struct._bodies, struct._scene_idxs)}
+        arts = {art: int(i) for struct in scene.articulations.values() for art, i in zip(struct._objs, struct._scene_idxs)}
+        body_rows, art_rows = ({x: row for row, x in enumerate(rows)} for rows in (bodies, arts))
+        for struct in actors + links:
+            struct._body_data_index_internal = as_rows([body_rows[body] for body in struct._bodies])
+        for struct in [*scene.articulations.values(), *scene.articulation_views.values()]:
+            struct._data_index = as_rows([art_rows[art] for art in struct._objs])
+            for joint in struct.joints or ():
+                joint._data_index = struct._data_index
+
+        def setters_of(body):
+            """Of its pose, linear and angular velocity. Links follow their root and the joints."""
+            ignore = lambda value: None  # noqa: E731
+            if isinstance(body, sapien.physx.PhysxArticulationLinkComponent):
+                art = body.articulation
+                pose, *velocities = art.set_pose, art.set_root_linear_velocity, art.set_root_angular_velocity
+                if not body.is_root:
+                    return ignore, ignore, ignore
+            else:
+                pose = body.entity.set_pose
+                velocities = [ignore] * 2 if body.kinematic else [body.set_linear_velocity, body.set_angular_velocity]
+            return lambda value: pose(sapien.Pose(value[:3], value[3:])), *velocities
+
+        def pose_getter(entity):
+            def get():
+                pose = entity.pose
+                return np.concatenate((pose.p, pose.q))
+            return get
+
+        def target_setter(art, name):
+            setters = [getattr(joint, f"set_{name}") for joint in art.active_joints]
+            return lambda value: [set_target(x) for set_target, x in zip(setters, value.tolist())]
+
+        set_pose, set_linear, set_angular = zip(*map(setters_of, bodies))
+        self.cuda_rigid_body_data = PhysxBuffer(self, list(bodies.values()), {
+            (0, 7): ([pose_getter(body.entity) for body in bodies], set_pose),
+            (7, 10): ([body.get_linear_velocity for body in bodies], set_linear),
+            (10, 13): ([body.get_angular_velocity for body in bodies], set_angular)})
+        columns = 0, max((art.dof for art in arts), default=0)
+        for name in ("qpos", "qvel", "qf", "qacc"):
+            setattr(self, f"cuda_articulation_{name}", PhysxBuffer(self, list(arts.values()), {columns: (
+                [getattr(art, f"get_{name}") for art in arts],
+                [lambda value, art=art, name=name: setattr(art, name, value[:art.dof]) for art in arts])}))
+        for name, target in (("qpos", "drive_target"), ("qvel", "drive_velocity_target")):
+            setattr(self, f"cuda_articulation_target_{name}", PhysxBuffer(self, list(arts.values()), {columns: (
+                [lambda art=art, name=target: [getattr(joint, name)[0] for joint in art.active_joints] for art in arts],
+                [target_setter(art, target) for art in arts])}, targets=True))
+
+    # Contacts: impulses (N s) of the last step of PhysX on the first body of a pair by the second.
+
+    def gpu_create_contact_pair_impulse_query(self, pairs):
+        first = len(self.impulses)
+        for row, (a, b) in enumerate(pairs, first):
+            self.contact_rows.setdefault((a, b), []).append((row, 1))
+            self.contact_rows.setdefault((b, a), []).append((row, -1))
+        self.impulses, self.contacts_known = np.zeros((first + len(pairs), 3), np.float32), False
+        rows = slice(first, len(self.impulses))
+        return SimpleNamespace(cuda_impulses=SimpleNamespace(torch=lambda: torch.from_numpy(self.impulses[rows])))
+
+    def gpu_query_contact_pair_impulses(self, query):
+        self.catch_up()
+        if not self.contacts_known:
+            self.impulses[:], self.contacts_known, found = 0, True, []
+            for contact in [contact for px in self.systems for contact in px.get_contacts()]:
+                rows = self.contact_rows.get(tuple(contact.bodies))
+                points = rows and contact.points
+                found += [(*row, points) for row in rows] if points else ()
+            if found:
+                rows, signs, points = zip(*found)
+                impulses = np.concatenate([point.impulse for contact in points for point in contact]).reshape(-1, 3)
+                impulses = np.add.reduceat(impulses, np.cumsum([0, *map(len, points[:-1])]))
+                np.add.at(self.impulses, list(rows), impulses * np.array(signs, np.float32)[:, None])
+
+
+class ManiSkillEnvs(gym.Wrapper):
+    """`num_envs` scenes of a ManiSkill task in one process, on a GPU or a CPU; the training loop cannot tell which.
+
+        obs, info = envs.reset(seed=...)                                # (N, obs_dim) float32
+        obs, reward, terminated, truncated, info = envs.step(action)    # (N, ...); finished scenes are not reset
+        obs, info = envs.reset(options=dict(env_idx=indices))           # new episodes in these scenes, the others go on
+        frames = envs.render_frames(indices)                            # (K, height, width, 3) uint8
+
+    `studio`: the environment that takes pictures: `env` itself, or one of a single scene, posed like each scene in turn.
+    `show_goal_site`: pictures show what the task calls hidden objects, its goal.
+    """
+
+    def __init__(self, env, studio=None, show_goal_site: bool = True):
+        super().__init__(env)
+        base, self.studio = env.unwrapped, studio and studio.unwrapped
+        if not isinstance(base.single_action_space, gym.spaces.Box):
+            fail(f"this task takes {type(base.single_action_space).__name__} actions, not a vector")
+        self.num_envs, self.device, self.max_episode_steps = base.num_envs, base.device, env._max_episode_steps
+        self.single_observation_space, self.single_action_space = base.single_observation_space, base.single_action_space
+        self.batched_cpu = self.device.type == "cpu" and base.scene.gpu_sim_enabled
+        self.beginning = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)  # scenes under reset
+        controller, reset_controller = base.agent.controller, base.agent.controller.reset
+
+        def reset_beginning():  # left to itself, ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
+            with replaced(base.scene, "_reset_mask", self.beginning):
+                reset_controller()
+
+        controller.reset = reset_beginning
+        for part in getattr(controller, "controllers", {}).values():
+            if self.batched_cpu and hasattr(part, "kinematics"):
+                part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
+        for hidden in self.studio._hidden_objects if studio else ():  # once: on a GPU it moves them and re-applies all bodies
+            hidden.show_visual() if show_goal_site else hidden.hide_visual()
+        if studio:
+            self.studio._hidden_objects.clear()
+
+    def reset(self, seed=None, options: Optional[dict] = None):
+        """New episodes in the scenes `options["env_idx"]` (default: all). On a CPU scene i begins like a stock environment
+        that is reset with seed[i]; an int stands for itself, then draws of `np.random.RandomState(seed)`."""
+        idx = torch.arange(self.num_envs, device=self.device) if options is None else options["env_idx"]
+        if seed is None or not self.batched_cpu:
+            self.beginning.fill_(False)[idx] = True
+            return self.env.reset(seed=seed, options=dict(env_idx=idx))
+        from mani_skill.envs.utils.randomization.batched_rng import BatchedRNG
+
+        seeds = [seed, *np.random.RandomState(seed).randint(2**31, size=len(idx) - 1)] if np.isscalar(seed) else seed
+        generators, base = [np.random.RandomState(seed) for seed in seeds], self.unwrapped
+        for i, seed, generator in zip(idx, seeds, generators):
+            base._episode_rng, base._batched_episode_rng = generator, BatchedRNG([generator] * self.num_envs)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(seed))
+                obs, info = self.reset(options=dict(env_idx=i[None]))
+        base._episode_rng = generators[0]  # resets to come draw from it and from torch's, as in ManiSkill
+        return obs, info
+
+    def render_frames(self, env_idx):
+        """Photograph the scenes `env_idx` (K,): (K, height, width, 3) uint8, the views side by side."""
+        if self.studio is self.unwrapped:
+            return self.studio.render_rgb_array()[env_idx]
+        scene, frames = self.unwrapped.scene, []
+        poses = [(self.studio.scene.actors[name]._objs[0], actor.pose.raw_pose.numpy())
+                 for name, actor in scene.actors.items() if actor.px_body_type != "static"]
+        joints = [(self.studio.scene.articulations[name]._objs[0], art.pose.raw_pose.numpy(), art.qpos.numpy())
+                  for name, art in scene.articulations.items()]
+        for i in env_idx.tolist():
+            for entity, pose in poses:
+                entity.pose = sapien.Pose(pose[i, :3], pose[i, 3:])
+            for art, pose, qpos in joints:
+                art.pose, art.qpos = sapien.Pose(pose[i, :3], pose[i, 3:]), qpos[i, :art.dof]
+            frames.append(self.studio.render_rgb_array())
+        return torch.cat(frames)
+
+
+def make_envs(args, num_envs: int, camera: Optional[dict] = None, show_goal_site: bool = True):
+    """This rank's scenes of `args.env_id`, with a camera or for states alone: on a CPU one, where it cannot have many."""
+    task = args.env_id, args.control_mode
+    if args.sim_backend == "physx_cuda":
+        env = make_task(task[0], num_envs, task[1], f"physx_cuda:{os.environ.get('LOCAL_RANK', 0)}", camera)
+        return ManiSkillEnvs(env, camera and env, show_goal_site)
+    try:
+        env = make_task(task[0], num_envs, task[1], "physx_cpu", batched=True)
+        if camera and any(len(actor._objs) != num_envs for actor in env.unwrapped.scene.actors.values()):
+            raise ValueError("its objects differ from scene to scene")
+        envs = ManiSkillEnvs(env, camera and make_task(task[0], 1, task[1], "physx_cpu", camera), show_goal_site)
+        with torch.random.fork_rng(devices=[]):  # try what training will do
+            _, info = envs.reset(seed=[0], options=dict(env_idx=torch.tensor([0])))
+            envs.step(torch.zeros(num_envs, *envs.single_action_space.shape))
+    except Exception as error:
+        if RANK == 0:
+            print(f"{SCRIPT}: warning: {' with '.join(task)} cannot be simulated as many scenes on a CPU "
+                  f"({str(error).splitlines()[0][:80]}); each rank runs one, slowly", file=sys.stderr)
+        env = make_task(task[0], 1, task[1], "physx_cpu", camera)
+        envs = ManiSkillEnvs(env, camera and env, show_goal_site)
+        _, info = envs.reset(seed=0)
+    if "success" not in info:
+        fail(f"--env-id {args.env_id} reports no success; choose a task that does, such as PushCube-v1")
+    return envs
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+# Films show all of the scene.
+VIDEO_CAMERA = dict(views=dict(view=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5)),
+                    width=224, height=224, shader_pack="minimal", meshes="light")
+
+
+def has_renderer(sim_backend: str) -> bool:
+    """Whether SAPIEN can draw here; if not, says so and what it needs."""
+    try:
+        sapien.render.RenderSystem(sapien.Device("cuda" if sim_backend == "physx_cuda" else "cpu"))
+        return True
+    except RuntimeError as error:
+        if RANK == 0:
+            print(f"{SCRIPT}: warning: no videos, for want of a Vulkan device ({error}); on a CPU install Mesa's lavapipe >= "
+                  "24.3: bash tests/install_cpu_renderer.sh", file=sys.stderr)
+        return False
+
+
+@torch.no_grad()
+def evaluate(agent, envs, num_videos: int = 0):
+    """One episode a scene with the deterministic policy, on seeds that never change.
+
+    Returns:
+        metrics: success_once (at any step), success_at_end (in the last step), episode_len (steps until the first success
+            or the time-out), return (sum of rewards until then): means over the episodes of all ranks.
+        video: (max_episode_steps, H, W, 3) uint8 of the first `num_videos` scenes side by side, or None.
+    """
+    first_seed = 1_000_000 + RANK * envs.num_envs
+    obs, _ = envs.reset(seed=list(range(first_seed, first_seed + envs.num_envs)))
+    once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
+    episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
+    video = []
+    for _ in range(envs.max_episode_steps):
+        obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
+        episode_len += ~once
+        episode_return += reward * ~once
+        once |= info["success"]
+        if num_videos:
+            video.append(torch.cat(list(envs.render_frames(torch.arange(num_videos, device=envs.device))), 1).cpu().numpy())
+    means = all_reduce_sum(torch.stack([once, info["success"], episode_len, episode_return]).mean(1)) / WORLD_SIZE
+    names = ("success_once", "success_at_end", "episode_len", "return")
+    return dict(zip(names, means.tolist())), np.stack(video) if video else None
+
+
+def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, env_steps: int):
+    """Evaluate; print the metrics, and write them and a film of four scenes to TensorBoard and videos/global_step_<N>.mp4."""
+    metrics, video = evaluate(agent, envs, min(4, envs.num_envs) if args.capture_video and RANK == 0 else 0)
+    if RANK > 0:
+        return
+    for name, value in metrics.items():
+        writer.add_scalar(f"eval/{name}", value, global_step)
+    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: "
+               + ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items()))
+    if video is not None:
+        import imageio
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        path, gif = run_dir / "videos" / f"global_step_{global_step}.mp4", io.BytesIO()
+        path.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(path, video, fps=20, macro_block_size=1)  # the control frequency
+        imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
+        image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
+
+
+def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
+    """Collective: the losses, in the order in which train sums them, averaged over the ranks. NaN ends the run."""
+    losses = (all_reduce_sum(losses.double()) / WORLD_SIZE).tolist()
+    if not np.isfinite(losses).all():
+        fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "
+             f"smaller --learning-rate: --resume-dir {run_dir}")
+    return dict(zip([f"losses/{name}" for name in ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac")], losses))
+
+
+def log_iteration(writer, progress, global_step: int, finished, scalars: dict):
+    """Write `scalars`, and the means over the `finished` episodes: their number, successes, sums of lengths and returns."""
+    episodes, successes, lengths, total_return = finished
+    if episodes:
+        scalars |= {"env/success_once": successes / episodes, "env/episode_len": lengths / episodes,
+                    "env/return": total_return / episodes, "env/reward": total_return / lengths}
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, global_step)
+    progress.set_postfix_str(f"step {global_step}, success {successes / max(episodes, 1):.0%}, "
+                             f"{scalars['charts/SPS']:.0f} env steps/s")
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+def fail(message: str):
+    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
+    if RANK == 0:
+        print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def start_ranks(num_procs: int) -> int:
+    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
+    def die_with_parent():
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
+                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                              preexec_fn=die_with_parent) for r in range(num_procs)]
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            for rank in ranks:
+                rank.kill()
+            return abs(failed[0]) if failed else 0
+        time.sleep(0.1)
+
+
+def join_ranks(gpu: bool) -> torch.device:
+    """Take this rank's GPU or share of the cores, and form the process group; a rank that loses another says so in a line."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+    if WORLD_SIZE == 1:
+        return device
+    python_hook = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"{SCRIPT}: rank {RANK} has lost another rank; continue from the last checkpoint", file=sys.stderr)
+        else:
+            python_hook(kind, error, traceback)
+
+    sys.excepthook = hook
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+    return device
+
+
+def catch_signals() -> list:
+    """SIGINT and SIGTERM no longer end the process, but appear in this list."""
+    caught = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: caught.append(signum))
+    return caught
+
+
+def on_rank0(function, *arguments):
+    """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
+    result = [None, False]
+    if RANK == 0:
+        try:
+            result = [function(*arguments), True]
+        except OSError as error:
+            print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
+                  "mend that, then resume", file=sys.stderr)
+        except SystemExit:  # fail() has spoken
+            pass
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    if not result[1]:
+        sys.exit(2)
+    return result[0]
+
+
+def all_reduce_sum(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensors):
+    """Give the tensors of rank 0 to every rank."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        dist.broadcast(tensor.data, 0)
+
+
+def average_gradients(parameters):
+    """Average the gradients over the ranks: one all-reduce of one flat tensor."""
+    if WORLD_SIZE > 1:
+        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters])) / WORLD_SIZE
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p.grad))
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def write_file(path: Path, data: bytes, sync: bool = False):
+    """Write via a temporary file, so that `path` never holds half of it; `sync`: not even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def make_run_dir(args) -> Path:
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
+    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
+    run_dir.mkdir(parents=True)
+    write_file(run_dir / "args.json",
+               json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
+    return run_dir
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(run_dir: Path, agent, optimizer, global_step: int, env_steps: int, args):
+    """checkpoints/global_step_<N>/checkpoint.pt, tensors and plain values only."""
+    folder, buffer = run_dir / "checkpoints" / f"global_step_{global_step}", io.BytesIO()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(script=SCRIPT, agent=agent.state_dict(), optimizer=optimizer.state_dict(), global_step=global_step,
+                    env_steps=env_steps, args=asdict(args)), buffer)
+    write_file(folder / "checkpoint.pt", buffer.getvalue(), sync=True)
+
+
+def restarted_run(args) -> Optional[str]:
+    """After `torchrun --max-restarts` has started the ranks anew: the folder of the run that they had begun; else None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        for file in sorted(Path(args.log_dir).glob("*/args.json"), reverse=True):
+            if json.loads(file.read_text()).get("launcher") == LAUNCHER and any(file.parent.glob("checkpoints/*/*.pt")):
+                return str(file.parent)
+    return None
+
+
+def load_checkpoint(args):
+    """The checkpoint in --resume-dir, which is its folder, or the newest whole one of a run's folder.
+
+    Returns:
+        checkpoint, run_dir; (None, None) without --resume-dir.
+    """
+    resume_dir = restarted_run(args) or args.resume_dir
+    if not resume_dir:
+        return None, None
+    folder, error = Path(resume_dir), "there is none"
+    steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
+    is_run = not (folder / "checkpoint.pt").exists()
+    for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
+        try:
+            checkpoint = torch.load(candidate / "checkpoint.pt", map_location="cpu", weights_only=True)
+            if {"script", "agent", "optimizer", "global_step", "env_steps"} <= checkpoint.keys():
+                return checkpoint, candidate.parents[1]
+            error = "it was not written by this project"
+        except Exception as e:  # torch.load raises many kinds of errors for damaged files
+            error = str(e).strip().partition("\n")[0][:100]
+    fail(f"--resume-dir {resume_dir}: no checkpoint could be read ({error}); name a run's folder or a checkpoint's")
+
+
+def load_weights(agent, optimizer, checkpoint):
+    """Take over the checkpoint's agent and optimizer: without Adam's moments, its first steps hurt a trained policy."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if "initial_lr" not in optimizer.param_groups[0]:
+            raise KeyError("the optimizer has no initial_lr")
+        if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
+    except (RuntimeError, ValueError, KeyError) as error:
+        fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
+             "another --env-id or --control-mode?")
+
+
+def command_to_go_on(run_dir: Path) -> str:
+    """This command line, with `run_dir` as its --resume-dir."""
+    argv = list(sys.argv)
+    for i in reversed(range(len(argv))):
+        if argv[i].replace("_", "-").partition("=")[0] == "--resume-dir":
+            del argv[i:i + (1 if "=" in argv[i] else 2)]
+    return shlex.join(["python", *argv, "--resume-dir", str(run_dir)])
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+def parse_args():
+    """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+# ---------------------------------------------------------------------------------------------- PPO's flags
+
+def check_args(args) -> int:
+    """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
+
+    Returns:
+        the number of ranks.
+    """
+    if args.sim_backend == "auto":
+        args.sim_backend = "physx_cuda" if args.cuda and torch.cuda.is_available() else "physx_cpu"
+    gpu = args.sim_backend == "physx_cuda"
+    if gpu and not torch.cuda.is_available():
+        fail("--sim-backend physx_cuda needs an NVIDIA GPU and none was found; leave it out to simulate on the CPU")
+    for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, gpu_default if gpu else cpu_default)
+    for name, value in vars(args).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_ZERO and value < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+        if name in RATES and not 0 <= value <= 1:
+            fail(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
+    find_task(args.env_id)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_ranks = WORLD_SIZE if "WORLD_SIZE" in os.environ else 1 if gpu else args.num_procs or next(
+        n for n in range(cores, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
+    for name in ("num_envs", "num_eval_envs"):
+        if getattr(args, name) % num_ranks:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {num_ranks} ranks; take a multiple")
+    if args.num_envs // num_ranks * args.num_steps < args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} is more than the {args.num_envs // num_ranks * args.num_steps} steps "
+             "of a rank's rollout")
+    if args.evaluate and not args.resume_dir:
+        fail("--evaluate needs a checkpoint: --resume-dir logs/<run>")
+    load_checkpoint(args)
+    return num_ranks
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    num_ranks = check_args(args)
+    sys.exit(start_ranks(num_ranks) if num_ranks > 1 and "WORLD_SIZE" not in os.environ else train(args))

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -116,15 +117,6 @@ class Args(TrainingArgs, ModelArgs, GeneralArgs):
     pass
 
 
-# ---------------------------------------------------------------------------------------------- reward model
-
-@functools.cache
-def fast_bf16(device_type: str) -> bool:
-    """Whether the device has instructions for bfloat16."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return device_type == "cuda" or cpuinfo.exists() and any(f in cpuinfo.read_text() for f in ("avx512_bf16", "amx_bf16"))
-
-
 class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to the goal, are
     there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
@@ -158,19 +150,6 @@ class RewardModel(nn.Module):
             return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
-def load_reward_model(path: str, device):
-    """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
-        model.load_state_dict(checkpoint["model"])
-        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-            raise ValueError("it has weights that are not finite")
-        return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
-        fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
-
-
 def augment(frames, args):
     """Shift whole frames, repeating their edges, and change their brightness and contrast: nothing moves the cube relative to
     the goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
@@ -184,10 +163,6 @@ def augment(frames, args):
     return (x * (1 + contrast) + mean * (brightness - contrast)).permute(0, 2, 3, 1)
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-LABELS = ("success", "failure")
-TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 KINDS = ("ends an episode", "near miss", "ambiguous", "other")
 
 
@@ -306,6 +281,132 @@ def load_frames(files, size: int, model, progress: str):
     return frames
 
 
+def train(args: Args):
+    data = files, labels, episodes, kinds, to_goal, contract = read_data(args.data_path)
+    device, stop_signals = join_ranks(args.cuda), catch_signals()
+    torch.manual_seed(args.seed)
+    if args.evaluate:
+        return evaluate(args, device, data)
+
+    # Model
+    model = RewardModel(args.arch, args.hidden_dim, args.input_size)
+    if args.pretrained:
+        on_rank0(load_imagenet_weights, model, args.arch)
+    model.to(device, memory_format=torch.channels_last)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+
+    # Data
+    train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
+    size = contract["image_size"][1]
+    train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
+    val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
+    train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
+    train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
+    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
+    train_weights = 1 + (args.final_weight - 1) * torch.from_numpy(kinds[KINDS[0]][train_idx[RANK::WORLD_SIZE]]).float()
+    frame_losses = torch.full((len(train_idx[RANK::WORLD_SIZE]),), torch.inf)  # of each frame when it was shown last
+    sizes = [len(train_idx), len(val_idx)]
+    if RANK == 0:
+        print(f"{sizes[0]} frames to train on and {sizes[1]} held out, in whole episodes; {WORLD_SIZE} rank(s) on {device}")
+
+    # Where an interrupted training stopped
+    state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, run_dir=None)
+    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "seed", "val_split")}
+    fixed["sizes"] = sizes
+    if args.resume:
+        last = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, model, optimizer)
+        state = {name: last[name] for name in state}
+        frame_losses = last["frame_losses"][RANK::WORLD_SIZE].clone()
+    state["run_dir"] = on_rank0(open_folders, args, state["run_dir"])
+    writer = SummaryWriter(state["run_dir"], purge_step=state["epoch"] + 1) if RANK == 0 else None
+    broadcast(model.state_dict().values())
+
+    interrupted = False
+    while state["epoch"] < args.epochs and state["epoch"] - state["best_epoch"] < args.early_stopping_patience:
+        epoch, start_time = state["epoch"] + 1, time.time()
+        torch.manual_seed((args.seed * 100_003 + epoch) * 1009 + RANK)  # an epoch is the same whether resumed or not
+
+        # Train
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs)
+        model.train()
+        order = torch.randperm(len(train_frames))
+        easy = frame_losses[order] < args.easy_loss
+        order = order[~easy | (easy.cumsum(0) % 3 == 1)]
+        shown = int(all_reduce_sum(torch.tensor(len(order))))
+        batches = order.tensor_split(max(1, shown // args.batch_size))  # as many on every rank
+        new_losses = frame_losses.to(device, copy=True)  # an interrupted epoch changes nothing
+        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch}", unit="step", leave=False, disable=RANK > 0)):
+            if step % 10 == 0 and any(gather_all(bool(stop_signals))):
+                interrupted = True
+                break
+            x = augment(train_frames[batch].to(device), args)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                logits, cm = model(x)
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits, train_labels[batch].to(device), reduction="none")
+            cm_error = (cm - train_cm[batch].to(device)).abs().mean(1).nan_to_num()  # NaN: not known
+            optimizer.zero_grad()
+            (train_weights[batch].to(device) * losses + args.to_goal_weight * cm_error).mean().backward()
+            average_gradients(parameters)
+            optimizer.step()
+            new_losses[batch.to(device)] = losses.detach()
+        if interrupted:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
+            break
+        if WORLD_SIZE > 1:
+            for buffer in model.buffers():  # the statistics of batch normalisation
+                buffer.copy_(all_reduce_sum(buffer) / WORLD_SIZE)
+        images_per_s = shown / (time.time() - start_time)
+        frame_losses = new_losses.cpu()
+
+        # Validate
+        model.eval()
+        all_losses = torch.from_numpy(join(frame_losses))
+        train_loss = all_losses.mean().item()
+        probs = torch.from_numpy(join(model.predict(val_frames)))
+        val_loss = nn.functional.binary_cross_entropy(probs, torch.from_numpy(labels[val_idx]).float()).item()
+        if not np.isfinite([train_loss, val_loss]).all():
+            fail(f"the loss is no longer finite in epoch {epoch}; continue with --resume and a smaller --lr")
+
+        # Checkpoint
+        state |= dict(epoch=epoch, seconds=state["seconds"] + time.time() - start_time)
+        improved = val_loss < state["best_loss"]
+        if improved:
+            state |= dict(best_epoch=epoch, best_loss=val_loss)
+            on_rank0(save_model, Path(args.save_dir, "best_model.pt"), model, contract, args, dict(epoch=epoch))
+        on_rank0(save_model, Path(args.save_dir, "last_model.pt"), model, contract, args,
+                 dict(state, fixed=fixed, optimizer=optimizer.state_dict(), frame_losses=all_losses))
+
+        # Log
+        if RANK == 0:
+            report = score(probs.numpy(), labels[val_idx], {}, args.threshold)
+            scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss, "charts/images_per_s": images_per_s}
+            for name in ("accuracy", "precision", "recall", "false_positive_rate", "roc_auc"):
+                if report[name] is not None:
+                    scalars[f"reward_model/{name}"] = report[name]
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, epoch)
+            print(f"epoch {epoch}: {shown} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy "
+                  f"{report['accuracy']:.4f}, {images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min"
+                  f"{' *' if improved else ''}", flush=True)
+
+    if interrupted:
+        if RANK == 0:
+            print(f"To go on: {shlex.join(['python', *sys.argv])}{' --resume' if state['epoch'] and not args.resume else ''}")
+        return
+    model, _ = load_reward_model(Path(args.save_dir, "best_model.pt"), device)
+    if RANK == 0:
+        print(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
+    report_on(model, data, val_idx, val_frames, args, "", writer, state["epoch"], best_epoch=state["best_epoch"],
+              train_frames=sizes[0], minutes=state["seconds"] / 60)
+    if RANK == 0:
+        writer.close()
+        print(f"{Path(args.save_dir, 'best_model.pt')} is ready for stage 4")
+
+
+# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+
 # ---------------------------------------------------------------------------------------------- reports
 
 def score(probs, labels, kinds: dict, threshold: float) -> dict:
@@ -390,119 +491,58 @@ def report_on(model, data, idx, frames, args, name: str, writer=None, step: int 
         writer.add_image("reward_model/mistakes", picture, step, dataformats="HWC")
 
 
-# ---------------------------------------------------------------------------------------------- ranks and files
-
-def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
-    if RANK == 0:
-        print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def die_with_parent():
-    """Called in a new rank: when the process that started it is killed, so is the rank (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+def evaluate(args, device, data):
+    """Score --evaluate's checkpoint on all frames of --data-path."""
+    files, contract = data[0], data[-1]
+    model, known = load_reward_model(args.evaluate, device)
+    differing = contract_differences(known, contract)
+    if differing:
+        fail(f"{args.evaluate} knows frames made differently from those in {args.data_path[0]}: " + "; ".join(differing))
+    mine = load_frames(files[RANK::WORLD_SIZE], contract["image_size"][1], model, "decoding")
+    name = f"_{Path(args.data_path[0]).resolve().name}"
+    report_on(model, data, np.arange(len(files)), mine, args, name, checkpoint=args.evaluate)
 
 
-def start_ranks(num_procs: int) -> int:
-    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
-                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
-    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
-                              preexec_fn=die_with_parent) for r in range(num_procs)]
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code]
-        if failed or None not in codes:
-            for rank in ranks:
-                rank.kill()
-            return abs(failed[0]) if failed else 0
-        time.sleep(0.1)
+# ---------------------------------------------------------------------------------------------- contract
+
+LABELS = ("success", "failure")
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 
-def join_ranks(backend: str):
-    """Form the process group of this and the other ranks. A rank that loses another says so in one line."""
-    python_hook = sys.excepthook
-
-    def hook(kind, error, traceback):
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            print(f"{SCRIPT}: rank {RANK} has lost another rank; continue from the last checkpoint", file=sys.stderr)
-        else:
-            python_hook(kind, error, traceback)
-
-    sys.excepthook = hook
-    store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
-    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+def contract_differences(theirs: dict, ours: dict):
+    """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
+        print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
+              f"{ours.get('mani_skill_version')}", file=sys.stderr)
+    if theirs.get("format_version") == 1:  # it knew no other meshes
+        theirs = dict(theirs, format_version=2, meshes="stock")
+    return [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key) and key != "mani_skill_version"]
 
 
-def on_rank0(function, *arguments):
-    """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
-    result = [None, False]
-    if RANK == 0:
-        try:
-            result = [function(*arguments), True]
-        except OSError as error:
-            print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
-                  "mend that, then resume", file=sys.stderr)
-        except SystemExit:  # fail() has spoken
-            pass
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(result)
-    if not result[1]:
-        sys.exit(2)
-    return result[0]
+# ---------------------------------------------------------------------------------------------- reward model
+
+@functools.cache
+def fast_bf16(device_type: str) -> bool:
+    """Whether the device has instructions for bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return device_type == "cuda" or cpuinfo.exists() and any(f in cpuinfo.read_text() for f in ("avx512_bf16", "amx_bf16"))
 
 
-def all_reduce_sum(tensor):
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def load_reward_model(path: str, device):
+    """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
+        model.load_state_dict(checkpoint["model"])
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
+        return model.to(device, memory_format=torch.channels_last).eval(), dict(checkpoint["contract"])
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error).strip().partition(chr(10))[0][:100]})")
 
 
-def average_gradients(parameters):
-    """Average the gradients over the ranks: one all-reduce of one flat tensor."""
-    if WORLD_SIZE > 1:
-        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters])) / WORLD_SIZE
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(grad.view_as(p.grad))
-
-
-def write_file(path: Path, data: bytes, sync: bool = False):
-    """Write via a temporary file, so that `path` never holds half of it; `sync`: not even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        if sync:
-            f.flush()
-            os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def make_run_dir(args) -> Path:
-    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
-    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
-    run_dir.mkdir(parents=True)
-    write_file(run_dir / "args.json",
-               json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
-    return run_dir
-
-
-def gather_all(value):
-    """The `value` of every rank, in a list, on every rank."""
-    values = [value]
-    if WORLD_SIZE > 1:
-        values = [None] * WORLD_SIZE
-        dist.all_gather_object(values, value)
-    return values
-
+# ---------------------------------------------------------------------------------------------- models
 
 def join(part):
     """The whole (M,) array of which rank r holds every WORLD_SIZE-th element from r on in the tensor `part`."""
@@ -511,15 +551,6 @@ def join(part):
     for r, values in enumerate(parts):
         whole[r::WORLD_SIZE] = values
     return whole
-
-
-def contract_differences(theirs: dict, ours: dict):
-    """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
-    if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
-        print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
-              f"{ours.get('mani_skill_version')}", file=sys.stderr)
-    return [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in sorted({*theirs, *ours})
-            if theirs.get(key) != ours.get(key) and key != "mani_skill_version"]
 
 
 def open_folders(args, run_dir):
@@ -562,12 +593,155 @@ def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
     return last
 
 
+# ---------------------------------------------------------------------------------------------- ranks
+
+def fail(message: str):
+    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
+    if RANK == 0:
+        print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def start_ranks(num_procs: int) -> int:
+    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
+    def die_with_parent():
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
+                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                              preexec_fn=die_with_parent) for r in range(num_procs)]
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            for rank in ranks:
+                rank.kill()
+            return abs(failed[0]) if failed else 0
+        time.sleep(0.1)
+
+
+def join_ranks(gpu: bool) -> torch.device:
+    """Take this rank's GPU or share of the cores, and form the process group; a rank that loses another says so in a line."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+    if WORLD_SIZE == 1:
+        return device
+    python_hook = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"{SCRIPT}: rank {RANK} has lost another rank; continue from the last checkpoint", file=sys.stderr)
+        else:
+            python_hook(kind, error, traceback)
+
+    sys.excepthook = hook
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts ranks anew: under the same keys, the first would find the addresses of the dead.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter, whatever ends it
+    return device
+
+
+def catch_signals() -> list:
+    """SIGINT and SIGTERM no longer end the process, but appear in this list."""
+    caught = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: caught.append(signum))
+    return caught
+
+
+def on_rank0(function, *arguments):
+    """Call `function` on rank 0 and return its result on every rank. Where it fails on a file, every rank ends."""
+    result = [None, False]
+    if RANK == 0:
+        try:
+            result = [function(*arguments), True]
+        except OSError as error:
+            print(f"{SCRIPT}: error: {error.filename or 'writing'}: {error.strerror}; what was written before is whole: "
+                  "mend that, then resume", file=sys.stderr)
+        except SystemExit:  # fail() has spoken
+            pass
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(result)
+    if not result[1]:
+        sys.exit(2)
+    return result[0]
+
+
+def all_reduce_sum(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensors):
+    """Give the tensors of rank 0 to every rank."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        dist.broadcast(tensor.data, 0)
+
+
+def average_gradients(parameters):
+    """Average the gradients over the ranks: one all-reduce of one flat tensor."""
+    if WORLD_SIZE > 1:
+        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters])) / WORLD_SIZE
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p.grad))
+
+
+# ---------------------------------------------------------------------------------------------- gathering
+
+def gather_all(value):
+    """The `value` of every rank, in a list, on every rank."""
+    values = [value]
+    if WORLD_SIZE > 1:
+        values = [None] * WORLD_SIZE
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def write_file(path: Path, data: bytes, sync: bool = False):
+    """Write via a temporary file, so that `path` never holds half of it; `sync`: not even after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        if sync:
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def make_run_dir(args) -> Path:
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
+    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
+    run_dir.mkdir(parents=True)
+    write_file(run_dir / "args.json",
+               json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
+    return run_dir
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
 def parse_args():
     """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
     groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
     parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
     return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
+
+# ---------------------------------------------------------------------------------------------- stage 2's flags
 
 def check_training_args(args) -> int:
     """Refuse what cannot work before anything is started; fill in the defaults that depend on the machine.
@@ -597,151 +771,6 @@ def check_training_args(args) -> int:
 
 if __name__ == "__main__":
     args = parse_args()
-    num_procs = check_training_args(args)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts has started the ranks anew
-        args.resume = Path(args.save_dir, "last_model.pt").exists()
-    data = files, labels, episodes, kinds, to_goal, contract = read_data(args.data_path)
-    if num_procs > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(start_ranks(num_procs))
-
-    # Ranks and seeds
-    if args.cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
-    if WORLD_SIZE > 1:
-        join_ranks("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
-    stop_signals = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stop_signals.append(signum))
-    torch.manual_seed(args.seed)
-
-    if args.evaluate:
-        model, known = load_reward_model(args.evaluate, device)
-        differing = contract_differences(known, contract)
-        if differing:
-            fail(f"{args.evaluate} knows frames made differently from those in {args.data_path[0]}: " + "; ".join(differing))
-        everything = np.arange(len(files))
-        mine = load_frames(files[RANK::WORLD_SIZE], contract["image_size"][1], model, "decoding")
-        report_on(model, data, everything, mine, args, f"_{Path(args.data_path[0]).resolve().name}", checkpoint=args.evaluate)
-        sys.exit(0)
-
-    # Model
-    model = RewardModel(args.arch, args.hidden_dim, args.input_size)
-    if args.pretrained:
-        on_rank0(load_imagenet_weights, model, args.arch)
-    model.to(device, memory_format=torch.channels_last)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-
-    # Data
-    train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
-    size = contract["image_size"][1]
-    train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
-    val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
-    train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
-    train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
-    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
-    train_weights = 1 + (args.final_weight - 1) * torch.from_numpy(kinds[KINDS[0]][train_idx[RANK::WORLD_SIZE]]).float()
-    frame_losses = torch.full((len(train_idx[RANK::WORLD_SIZE]),), torch.inf)  # of each frame when it was shown last
-    sizes = [len(train_idx), len(val_idx)]
-    if RANK == 0:
-        print(f"{sizes[0]} frames to train on and {sizes[1]} held out, in whole episodes; {WORLD_SIZE} rank(s) on {device}")
-
-    # Where an interrupted training stopped
-    state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, run_dir=None)
-    fixed = {name: getattr(args, name) for name in ("arch", "hidden_dim", "input_size", "seed", "val_split")}
-    fixed["sizes"] = sizes
-    if args.resume:
-        last = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, model, optimizer)
-        state = {name: last[name] for name in state}
-        frame_losses = last["frame_losses"][RANK::WORLD_SIZE].clone()
-    state["run_dir"] = on_rank0(open_folders, args, state["run_dir"])
-    writer = SummaryWriter(state["run_dir"], purge_step=state["epoch"] + 1) if RANK == 0 else None
-    if WORLD_SIZE > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
-
-    interrupted = False
-    while state["epoch"] < args.epochs and state["epoch"] - state["best_epoch"] < args.early_stopping_patience:
-        epoch, start_time = state["epoch"] + 1, time.time()
-        torch.manual_seed((args.seed * 100_003 + epoch) * 1009 + RANK)  # an epoch is the same whether resumed or not
-
-        # Train
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs)
-        model.train()
-        order = torch.randperm(len(train_frames))
-        easy = frame_losses[order] < args.easy_loss
-        order = order[~easy | (easy.cumsum(0) % 3 == 1)]
-        shown = int(all_reduce_sum(torch.tensor(len(order))))
-        batches = order.tensor_split(max(1, shown // args.batch_size))  # as many on every rank
-        new_losses = frame_losses.to(device, copy=True)  # an interrupted epoch changes nothing
-        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch}", unit="step", leave=False, disable=RANK > 0)):
-            if step % 10 == 0 and any(gather_all(bool(stop_signals))):
-                interrupted = True
-                break
-            x = augment(train_frames[batch].to(device), args)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                logits, cm = model(x)
-            losses = nn.functional.binary_cross_entropy_with_logits(
-                logits, train_labels[batch].to(device), reduction="none")
-            cm_error = (cm - train_cm[batch].to(device)).abs().mean(1).nan_to_num()  # NaN: not known
-            optimizer.zero_grad()
-            (train_weights[batch].to(device) * losses + args.to_goal_weight * cm_error).mean().backward()
-            average_gradients(parameters)
-            optimizer.step()
-            new_losses[batch.to(device)] = losses.detach()
-        if interrupted:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
-            break
-        if WORLD_SIZE > 1:
-            for buffer in model.buffers():  # the statistics of batch normalisation
-                buffer.copy_(all_reduce_sum(buffer) / WORLD_SIZE)
-        images_per_s = shown / (time.time() - start_time)
-        frame_losses = new_losses.cpu()
-
-        # Validate
-        model.eval()
-        all_losses = torch.from_numpy(join(frame_losses))
-        train_loss = all_losses.mean().item()
-        probs = torch.from_numpy(join(model.predict(val_frames)))
-        val_loss = nn.functional.binary_cross_entropy(probs, torch.from_numpy(labels[val_idx]).float()).item()
-        if not np.isfinite([train_loss, val_loss]).all():
-            fail(f"the loss is no longer finite in epoch {epoch}; continue with --resume and a smaller --lr")
-
-        # Checkpoint
-        state |= dict(epoch=epoch, seconds=state["seconds"] + time.time() - start_time)
-        improved = val_loss < state["best_loss"]
-        if improved:
-            state |= dict(best_epoch=epoch, best_loss=val_loss)
-            on_rank0(save_model, Path(args.save_dir, "best_model.pt"), model, contract, args, dict(epoch=epoch))
-        on_rank0(save_model, Path(args.save_dir, "last_model.pt"), model, contract, args,
-                 dict(state, fixed=fixed, optimizer=optimizer.state_dict(), frame_losses=all_losses))
-
-        # Log
-        if RANK == 0:
-            report = score(probs.numpy(), labels[val_idx], {}, args.threshold)
-            scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss, "charts/images_per_s": images_per_s}
-            for name in ("accuracy", "precision", "recall", "false_positive_rate", "roc_auc"):
-                if report[name] is not None:
-                    scalars[f"reward_model/{name}"] = report[name]
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, epoch)
-            print(f"epoch {epoch}: {shown} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy "
-                  f"{report['accuracy']:.4f}, {images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min"
-                  f"{' *' if improved else ''}", flush=True)
-
-    if interrupted:
-        if RANK == 0:
-            print(f"To go on: {shlex.join(['python', *sys.argv])}{' --resume' if state['epoch'] and not args.resume else ''}")
-        sys.exit(0)
-    model, _ = load_reward_model(Path(args.save_dir, "best_model.pt"), device)
-    if RANK == 0:
-        print(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
-    report_on(model, data, val_idx, val_frames, args, "", writer, state["epoch"], best_epoch=state["best_epoch"],
-              train_frames=sizes[0], minutes=state["seconds"] / 60)
-    if RANK == 0:
-        writer.close()
-        print(f"{Path(args.save_dir, 'best_model.pt')} is ready for stage 4")
+    num_ranks = check_training_args(args)
+    read_data(args.data_path)  # refuses what it cannot read, before anything is started
+    sys.exit(start_ranks(num_ranks) if num_ranks > 1 and "WORLD_SIZE" not in os.environ else train(args))

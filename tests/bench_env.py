@@ -1,12 +1,12 @@
-"""How fast is PickCubeCPU? Everything side by side in one run, because these figures drift with the machine.
+"""How fast are the scenes on a CPU? Everything side by side in one run, because these figures drift with the machine.
 
     python tests/bench_env.py
 
-1. One core: PickCubeCPU, one stock ManiSkill scene, and physics alone (nothing but the px.step() calls of the same
-   trajectories). Resets count. Two policies drive: that of tests/policy.pt, so that gripper, cube and table touch, and an
-   untrained one, which waves the arm about.
-2. All cores: PickCubeCPU in one process a core, against gymnasium's AsyncVectorEnv of stock scenes (CPUGymWrapper).
-3. Milliseconds a rendered frame, PickCubeCPU and stock, and what is left of it without the robot's and all meshes.
+1. One core, three tasks: our scenes, one stock ManiSkill scene, and physics alone (the time of the same trajectories that is
+   spent in PhysX). Resets count. PickCube is driven by the policy of tests/policy.pt, so that gripper, cube and table touch,
+   and, as the others, by an untrained one, which waves the arm about.
+2. All cores: our scenes in one process a core, against gymnasium's AsyncVectorEnv of stock scenes (CPUGymWrapper).
+3. Milliseconds a rendered frame of PickCube: the frame camera and ManiSkill's own, with light and stock meshes.
 """
 import argparse
 import multiprocessing as mp
@@ -15,19 +15,24 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import gymnasium as gym  # noqa: E402
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import ppo_collect  # noqa: E402
-from ppo_collect import Agent, PickCubeCPU, StockEnvs, make_stock  # noqa: E402
+from ppo_collect import CAMERA, VIDEO_CAMERA, Agent, Args, make_envs, make_task  # noqa: E402
 
 POLICY = Path(__file__).with_name("policy.pt")
+TASK = "pd_joint_delta_pos", "physx_cpu"
 
 
-def load_policy(trained=True):
-    agent = Agent(42, 8)
+def make(env_id, num_envs, camera=None):
+    return make_envs(Args(env_id=env_id, sim_backend="physx_cpu"), num_envs, camera)
+
+
+def make_policy(envs, trained):
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     if trained:
         agent.load_state_dict(torch.load(POLICY, weights_only=True)["agent"])
     return agent
@@ -52,59 +57,45 @@ def drive(envs, policy, obs, steps):
     return obs, spent
 
 
-class PhysicsAlone(PickCubeCPU):
-    """Times the px.step() calls of PickCubeCPU, with a clock around each scene's five."""
-
-    physics = 0.0
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for scene in self._scenes:
-            scene["px"] = TimedPhysics(scene["px"], self)
-
-
 class TimedPhysics:
-    def __init__(self, px, owner):
-        self.px, self.owner, self.get_contacts = px, owner, px.get_contacts
+    """A PhysX system with a clock around its steps."""
+
+    def __init__(self, px, clock):
+        self.px, self.clock, self.get_contacts = px, clock, px.get_contacts
 
     def step(self):
         start = time.perf_counter()
         self.px.step()
-        self.owner.physics += time.perf_counter() - start
+        self.clock[0] += time.perf_counter() - start
 
 
-def one_core(num_envs, rounds, trained):
+def one_core(env_id, num_envs, rounds, trained):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    policy = load_policy(trained)
-    ours, timed = PickCubeCPU(num_envs), PhysicsAlone(num_envs)
-    stock = StockEnvs(make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu"), True)
+    ours, timed, stock = make(env_id, num_envs), make(env_id, num_envs), make_task(env_id, 1, *TASK)
+    clock, px = [0.0], timed.unwrapped.scene.px
+    px.systems = [TimedPhysics(system, clock) for system in px.systems]
+    policy, results = make_policy(ours, trained), []
     ours_obs, timed_obs, stock_obs = ours.reset(seed=0)[0], timed.reset(seed=0)[0], stock.reset(seed=0)[0]
-    totals = np.zeros(3)
-    ratios = []
     for _ in range(rounds):
         state = torch.get_rng_state()
-        ours_obs, a = drive(ours, policy, ours_obs, 50)
+        ours_obs, a = drive(ours, policy, ours_obs, 25)
         torch.set_rng_state(state)  # the very same trajectories
-        timed.physics = 0.0
-        timed_obs, _ = drive(timed, policy, timed_obs, 50)
-        stock_steps = 50 * max(1, num_envs // 8)
+        clock[0] = 0.0
+        timed_obs, _ = drive(timed, policy, timed_obs, 25)
+        stock_steps = 25 * max(1, num_envs // 8)
         stock_obs, b = drive(stock, policy, stock_obs, stock_steps)
-        rates = np.array([num_envs * 50 / a, stock_steps / b, num_envs * 50 / timed.physics])
-        ratios.append((rates[0] / rates[1], rates[0] / rates[2], rates[2] / rates[1]))
-        totals += rates / rounds
+        results.append((num_envs * 25 / a, stock_steps / b, num_envs * 25 / clock[0]))
     assert torch.equal(ours_obs, timed_obs), "the trajectories were not the same"
-    to_stock, to_physics, bound = np.median(ratios, axis=0)
-    print(f"one core, {num_envs} scenes, {rounds} rounds of 50 steps, {'in contact' if trained else 'free motion'}")
-    print(f"  PickCubeCPU        {totals[0]:7.0f} steps/s")
-    print(f"  stock, one scene   {totals[1]:7.0f} steps/s   PickCubeCPU is {to_stock:.1f}x as fast")
-    print(f"  physics alone      {totals[2]:7.0f} steps/s   PickCubeCPU reaches {to_physics:.2f} of it "
-          f"({bound:.1f}x stock: the most there is)")
+    (a, b, c), ratios = np.median(results, axis=0), np.array(results)
+    print(f"| {env_id}, {'trained policy' if trained else 'untrained policy'} | {num_envs} | {a:.0f} | {b:.0f} | {c:.0f} | "
+          f"{np.median(ratios[:, 0] / ratios[:, 1]):.1f} | {np.median(ratios[:, 0] / ratios[:, 2]):.2f} |", flush=True)
 
 
 def rank(num_envs, steps, seed, barrier, queue):
     torch.set_num_threads(1)
-    policy, envs = load_policy(), PickCubeCPU(num_envs)
+    envs = make("PickCube-v1", num_envs)
+    policy = make_policy(envs, True)
     torch.manual_seed(seed)
     obs, _ = drive(envs, policy, envs.reset(seed=seed)[0], 10)
     barrier.wait()
@@ -117,12 +108,12 @@ def make_wrapped():
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
     torch.set_num_threads(1)
-    return CPUGymWrapper(make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu"))
+    return CPUGymWrapper(make_task("PickCube-v1", 1, *TASK))
 
 
 def all_cores(num_envs, rounds):
     cores, context = len(os.sched_getaffinity(0)), mp.get_context("spawn")
-    policy, ours, theirs = load_policy(), [], []
+    ours, theirs = [], []
     for seed in range(rounds):
         barrier, queue = context.Barrier(cores), context.Queue()
         workers = [context.Process(target=rank, args=(num_envs, 100, seed * cores + r, barrier, queue)) for r in range(cores)]
@@ -132,64 +123,50 @@ def all_cores(num_envs, rounds):
         for worker in workers:
             worker.join()
         envs = gym.vector.AsyncVectorEnv([make_wrapped] * (4 * cores), context="spawn")
-        obs, _ = envs.reset(seed=0)
+        policy, (obs, _) = make_policy(envs, True), envs.reset(seed=0)
         start = time.perf_counter()
         for _ in range(100):
             obs = envs.step(act(policy, torch.from_numpy(obs)).numpy())[0]
         theirs.append(4 * cores * 100 / (time.perf_counter() - start))
         envs.close()
-    print(f"{cores} cores, policy included")
-    print(f"  PickCubeCPU, a process a core, {num_envs} scenes each   {np.median(ours):7.0f} steps/s")
-    print(f"  AsyncVectorEnv of {4 * cores} stock scenes                    {np.median(theirs):7.0f} steps/s   "
-          f"PickCubeCPU is {np.median(np.divide(ours, theirs)):.1f}x as fast")
+    print(f"{cores} cores, PickCube, trained policy included: {np.median(ours):.0f} steps/s with a process a core, {num_envs} "
+          f"scenes each; AsyncVectorEnv of {4 * cores} stock scenes {np.median(theirs):.0f} steps/s; ratio "
+          f"{np.median(np.divide(ours, theirs)):.1f}")
 
 
-def rendering(size, frames=40):
-    import sapien
-
-    camera = dict(views=ppo_collect.CAMERA, width=size, height=size, shader_pack="minimal")
-    ours = PickCubeCPU(1, camera=camera)
-    stock = StockEnvs(make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", camera), True)
-    policy, obs = load_policy(), ours.reset(seed=0)[0]
-    stock.reset(seed=0)
-    meshes = [(entity.name, entity.find_component_by_type(sapien.render.RenderBodyComponent))
-              for entity in stock.unwrapped.scene.sub_scenes[0].entities]
-    meshes = [(name, body) for name, body in meshes if body]
-
-    def stock_without(hidden):
-        def render():
-            for name, body in meshes:
-                body.visibility = float(not hidden(name))
-            stock.render_frames(torch.tensor([0]))
-        return render
-
-    cases = {"PickCubeCPU": lambda: ours.render_frames(torch.tensor([0])),
-             "stock": stock_without(lambda name: False),
-             "stock without the robot's meshes": stock_without(lambda name: name.startswith("panda_")),
-             "stock without any mesh": stock_without(lambda name: True)}
-    times = {name: [] for name in cases}
+def rendering(frames=30):
+    views = {"frames of 224x224, two views": CAMERA, "one view of the whole scene": VIDEO_CAMERA["views"]}
+    frame = dict(width=224, height=224, shader_pack="minimal")
+    envs = {(name, meshes): make("PickCube-v1", 1, dict(frame, views=view, meshes=meshes))
+            for name, view in views.items() for meshes in ("light", "stock")}
+    times = {key: [] for key in envs}
+    for env in envs.values():
+        env.reset(seed=0)
     for _ in range(frames):
-        action = act(policy, obs)
-        obs = ours.step(action)[0]
-        stock.step(action)
-        for name, render in cases.items():
+        action = torch.rand(1, 8) * 2 - 1
+        for key, env in envs.items():
+            env.step(action)
             start = time.perf_counter()
-            render()
-            times[name].append(1000 * (time.perf_counter() - start))
-    print(f"a frame of {size}x{size}, in milliseconds (median of {frames})")
-    for name, values in times.items():
-        print(f"  {name:35}{np.median(values[5:]):6.1f}")
+            env.render_frames(torch.tensor([0]))
+            times[key].append(1000 * (time.perf_counter() - start))
+    print(f"milliseconds a frame (median of {frames - 5})\n\n| | light meshes | stock meshes | ratio |\n|---|---|---|---|")
+    for name in views:
+        light, stock = (np.array(times[name, meshes][5:]) for meshes in ("light", "stock"))
+        print(f"| {name} | {np.median(light):.1f} | {np.median(stock):.1f} | {np.median(stock / light):.1f} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-envs", type=int, default=32, help="scenes in one process")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 128], help="scenes in one process")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-render", action="store_true", help="skip part 3, which needs a Vulkan driver")
     options = parser.parse_args()
-    for trained in (True, False):
-        one_core(options.num_envs, options.rounds, trained)
-    all_cores(options.num_envs, max(1, options.rounds // 2))
+    print("| one core, resets included | scenes | steps/s | one stock scene | physics alone | to stock | to physics |")
+    print("|---|---|---|---|---|---|---|")
+    for num_envs in options.num_envs:
+        one_core("PickCube-v1", num_envs, options.rounds, True)
+    for env_id in ("PickCube-v1", "PushCube-v1", "StackCube-v1"):
+        one_core(env_id, options.num_envs[0], options.rounds, False)
+    all_cores(options.num_envs[0], max(1, options.rounds // 3))
     if not options.no_render:
-        for size in (224, 112):
-            rendering(size)
+        rendering()

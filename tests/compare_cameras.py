@@ -15,9 +15,9 @@ import sapien
 import torch
 from mani_skill.utils.sapien_utils import look_at
 from PIL import Image, ImageDraw
-from test_env import load_policy
+from test_env import load_policy, make
 
-from ppo_collect import CAMERA, PickCubeCPU, make_stock, take_pictures
+from ppo_collect import CAMERA, make_task
 
 
 def looking(eye, target, fov, **mount):
@@ -39,9 +39,9 @@ NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 24, 4, 200
 
 
 def main(path):
-    envs = PickCubeCPU(NUM_ENVS)
-    frame = dict(width=224, height=224, shader_pack="minimal")
-    studios = [make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", dict(frame, views=views)).unwrapped
+    envs = make(NUM_ENVS)
+    frame = dict(width=224, height=224, shader_pack="minimal", meshes="light")
+    studios = [make_task("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", dict(frame, views=views)).unwrapped
                for views in CAMERAS.values()]
     policy, pixels, labels = load_policy(), [[] for _ in studios], []
     torch.manual_seed(0)
@@ -58,13 +58,13 @@ def main(path):
             pictures = []
             labels.append(not miss)
             for studio, counts in zip(studios, pixels):
-                envs._studio = studio
+                envs.studio = studio
                 pictures.append(envs.render_frames(torch.tensor([i]))[0].numpy())
                 changed = []
                 for direction in DIRECTIONS:
-                    pose = envs._cube_pose[i]
+                    pose = envs.unwrapped.cube.pose.raw_pose[i].numpy()
                     studio.cube._objs[0].pose = sapien.Pose(pose[:3] + 0.01 * direction, pose[3:])
-                    moved = take_pictures(studio, True)[0].numpy()
+                    moved = studio.render_rgb_array()[0].numpy()
                     changed.append((np.abs(pictures[-1].astype(int) - moved).max(-1) > 30).sum())
                 r, g, b = pictures[-1].astype(int).transpose(2, 0, 1)
                 counts.append((((r > 80) & (g < 45) & (b < 45)).sum(), ((g > 80) & (r < 60) & (b < 60)).sum(), min(changed)))

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_env import CAMERA, load_policy
+from test_env import CAMERA, load_policy, make
 
-from ppo_collect import Args, FrameCollector, PickCubeCPU, make_contract
+from ppo_collect import Args, FrameCollector, make_contract
 
 
 @pytest.fixture(scope="session")
 def frames(tmp_path_factory):
     """64 successes of the trained policy, and 64 frames with the cube more than 10 cm from the goal."""
-    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=64, target_failure=64)
+    args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=64, target_failure=64, meshes="light")
     collector, policy = FrameCollector(args, make_contract(args)), load_policy()
     torch.manual_seed(0)
-    envs = PickCubeCPU(16, camera=CAMERA)
+    envs = make(16, CAMERA)
     obs, _ = envs.reset(seed=0)
     episode, step = torch.arange(16), torch.zeros(16, dtype=torch.int64)
     args.sample_rate_fail = 0.06
@@ -25,14 +25,14 @@ def frames(tmp_path_factory):
         done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
         info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
         step += 1
-        if len(collector.pending) < 200:
-            collector.photograph(envs, obs, info, done, episode=episode, step=step, global_step=1, env_steps=0)
+        if len(collector.folder.pending) < 200:
+            collector.photograph(envs, obs, info, done, 1, 0, episode=episode, step=step)
         if done.any():
             idx = done.nonzero().squeeze(-1)
             obs, _ = envs.reset(options=dict(env_idx=idx))
             episode[idx] += 16
             step[idx] = 0
-            collector.file()
+            collector.folder.file()
     return Path(args.save_dir)
 
 

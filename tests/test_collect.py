@@ -1,5 +1,6 @@
 """Stage 1: the frame collector, and ppo_collect.py as people run it (real processes, real rendering, real files)."""
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_env import CAMERA, ROOT, Pair, load_policy
+from test_env import CAMERA, ROOT, Pair, load_policy, make
 
 import ppo_collect
-from ppo_collect import Args, FrameCollector, PickCubeCPU, StockEnvs, make_contract, make_stock
+from ppo_collect import FrameCollector, make_contract, make_task
+
+Args = functools.partial(ppo_collect.Args, meshes="light")  # as on a CPU by default
 
 SMALL = ["--num-eval-envs", "2", "--no-capture-video"]
 
@@ -96,21 +99,21 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
             torch.manual_seed(1000 + t)
             if done.any():
                 idx = done.nonzero().squeeze(-1)
-                pair.reset(idx)
+                pair.reset(idx, 100 * t)
                 episode[idx] += num_envs
                 episode_step[idx] = 0
 
     collector = FrameCollector(args, make_contract(args))
     drive(lambda pair, info, done, episode, step: collector.photograph(
-        pair.envs, pair.obs, info, done, episode=episode, step=step, global_step=1, env_steps=0))
-    collector.file()
-    rows = check_folder(tmp_path / "data", **collector.counts)
-    assert collector.counts["success"] >= 3 and collector.counts["failure"] >= 10
+        pair.envs, pair.obs, info, done, 1, 0, episode=episode, step=step))
+    collector.folder.file()
+    rows = check_folder(tmp_path / "data", **collector.folder.counts)
+    assert collector.folder.counts["success"] >= 3 and collector.folder.counts["failure"] >= 10
 
     wanted = {(int(row["episode"]), int(row["step"])): row for row in rows}
     seen = []
 
-    studio = StockEnvs(make_stock("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", CAMERA), True)
+    studio = make_task("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", CAMERA).unwrapped
     studio.reset(seed=0)
 
     def rebuild(pair, info, done, episode, step):
@@ -119,7 +122,7 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
             if row is None:
                 continue
             stock = pair.stock[i].unwrapped
-            studio.unwrapped.set_state_dict(stock.get_state_dict())
+            studio.set_state_dict(stock.get_state_dict())
             truth = stock.evaluate()
             assert (row["label"] == "success") == bool(truth["success"])
             to_goal = (stock.goal_site.pose.p - stock.cube.pose.p)[0]
@@ -128,7 +131,7 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
             for key in ("is_obj_placed", "is_robot_static", "is_grasped"):
                 assert row[key] == str(int(truth[key])), key
             saved = np.asarray(Image.open(tmp_path / "data" / row["file"])).astype(int)
-            stock_picture = studio.render_frames(torch.tensor([0]))[0].numpy().astype(int)
+            stock_picture = studio.render_rgb_array()[0].numpy().astype(int)
             assert np.abs(saved - stock_picture).mean() < 0.01
             seen.append(row["file"])
 
@@ -146,7 +149,7 @@ def test_which_frames_are_chosen(tmp_path, rates, chosen):
     """With rates of 0 and 1: exactly the frames of the kind, in an episode that never succeeds and in the policy's."""
     none = dict(sample_rate_success=0.0, sample_rate_fail=0.0, sample_rate_fail_final=0.0, sample_rate_near_miss=0.0)
     args = Args(save_dir=str(tmp_path / "data"), **dict(none, **rates))
-    collector, policy, envs = FrameCollector(args, make_contract(args)), load_policy(), PickCubeCPU(4, camera=CAMERA)
+    collector, policy, envs = FrameCollector(args, make_contract(args)), load_policy(), make(4, CAMERA)
     torch.manual_seed(0)
     obs, _ = envs.reset(seed=0)
     expected = set()
@@ -158,9 +161,8 @@ def test_which_frames_are_chosen(tmp_path, rates, chosen):
         done = terminated | truncated
         mask = chosen(info["success"], info["is_obj_placed"], obs[:, -3:].norm(dim=1) <= 0.05, done)
         expected |= {(i, t) for i in mask.nonzero().squeeze(-1).tolist()}
-        collector.photograph(envs, obs, info, done, episode=torch.arange(4), step=torch.full((4,), t), global_step=1,
-                             env_steps=4 * t)
-    assert {(row["episode"], row["step"]) for row, _ in collector.pending} == expected != set()
+        collector.photograph(envs, obs, info, done, 1, 4 * t, episode=torch.arange(4), step=torch.full((4,), t))
+    assert {(row["episode"], row["step"]) for row, _ in collector.folder.pending} == expected != set()
 
 
 def test_a_full_failure_class_takes_new_frames(tmp_path):
@@ -171,11 +173,11 @@ def test_a_full_failure_class_takes_new_frames(tmp_path):
     collector = FrameCollector(args, make_contract(args))
     for t in range(1, 41):
         done, info = pair.step(torch.rand(2, 8) * 2 - 1)
-        collector.photograph(pair.envs, pair.obs, info, done, episode=torch.tensor([0, 1]), step=torch.tensor([t, t]),
-                             global_step=(t - 1) // 10 + 1, env_steps=2 * t)
+        collector.photograph(pair.envs, pair.obs, info, done, (t - 1) // 10 + 1, 2 * t, episode=torch.tensor([0, 1]),
+                             step=torch.tensor([t, t]))
         if t % 10 == 0:
-            collector.file()
-    assert collector.counts == dict(success=0, failure=10)
+            collector.folder.file()
+    assert collector.folder.counts == dict(success=0, failure=10)
     rows = check_folder(tmp_path / "data", 0, 10)
     assert {row["global_step"] for row in rows} > {"4"}, "frames of the first and of the last iterations"
 
@@ -187,16 +189,16 @@ def test_take_over_of_a_damaged_folder(tmp_path):
     collector = FrameCollector(args, make_contract(args))
     for t in range(1, 7):
         done, info = pair.step(torch.zeros(2, 8))
-        collector.photograph(pair.envs, pair.obs, info, done, episode=torch.tensor([4, 5]), step=torch.tensor([t, t]),
-                             global_step=1, env_steps=2 * t)
-    collector.file()
+        collector.photograph(pair.envs, pair.obs, info, done, 1, 2 * t, episode=torch.tensor([4, 5]),
+                             step=torch.tensor([t, t]))
+    collector.folder.file()
     data = tmp_path / "data"
     before = {h for f, h in digest(data).items() if f.startswith("failure")}
     lost = hashlib.sha256((data / "failure/0003.png").read_bytes()).hexdigest()
     (data / "failure/0003.png").unlink()
     (data / "failure/0013.png.tmp").write_bytes(b"half a frame")
     (data / "index.csv").unlink()
-    again = FrameCollector(args, make_contract(args))
+    again = FrameCollector(args, make_contract(args)).folder
     assert again.counts == dict(success=0, failure=11) and again.first_episode == 6
     check_folder(data, 0, 11)
     assert {h for f, h in digest(data).items() if f.startswith("failure")} == before - {lost}
@@ -249,14 +251,25 @@ def test_interrupted_and_resumed(tmp_path):
     check_folder(tmp_path / "data", *(len(list((tmp_path / "data" / label).iterdir())) for label in ("success", "failure")))
 
 
-def test_stock_environment(tmp_path):
-    """The loop runs unchanged on a stock ManiSkill environment: the code path of a GPU run, and of another task."""
-    run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "1", "--num-eval-envs", "1", "--num-procs", "1", "--num-iterations",
-        "2", "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.2", "--capture-video")
+def test_another_task(tmp_path):
+    """Many scenes of it; a reward model of its frames would know whose they are."""
+    run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "6", "--num-procs", "1", "--num-iterations", "2",
+        "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.05", "--capture-video")
     assert sorted(p.name for p in (tmp_path / "data/failure").iterdir()) == [f"000{n}.png" for n in range(1, 6)]
-    assert json.loads((tmp_path / "data/metadata.json").read_text())["env_id"] == "PushCube-v1"
+    contract = json.loads((tmp_path / "data/metadata.json").read_text())
+    assert contract["env_id"] == "PushCube-v1" and contract["meshes"] == "light"
     assert next(tmp_path.glob("logs/*/videos/global_step_2.mp4")).stat().st_size > 1000
     assert "--env-id PushCube-v1" in json.loads(next(tmp_path.glob("logs/*/args.json")).read_text())["command"]
+
+
+def test_a_task_that_cannot_be_batched(tmp_path):
+    """One stock scene a rank, which also takes the pictures, as a GPU run's scenes do."""
+    _, err = run(tmp_path, "--env-id", "PegInsertionSide-v1", "--num-envs", "4", "--num-procs", "1", "--num-iterations", "2",
+                 "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.2", "--save-interval", "2")
+    assert "its objects differ from scene to scene" in err
+    assert len(list((tmp_path / "data/failure").iterdir())) == 5
+    checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_2/checkpoint.pt")), weights_only=True)
+    assert checkpoint["env_steps"] == 100
 
 
 def test_evaluate(tmp_path):
@@ -311,7 +324,7 @@ def file_for_folder(tmp_path):
     (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "2"], "--num-minibatches 8 is more than the 4 steps"),
     (None, ["--sim-backend", "physx_cuda"], "needs an NVIDIA GPU"),
     (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),
-    (None, ["--env-id", "PushCube-v1", "--num-envs", "4"], "one scene a rank"),
+    (None, ["--env-id", "StackPyramid-v1"], "no dense reward"),
     (None, ["--control-mode", "by_hand", "--num-envs", "1", "--num-eval-envs", "1", "--num-procs", "1"], "by_hand"),
     (None, ["--evaluate"], "--evaluate needs a checkpoint"),
     (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint could be read"),

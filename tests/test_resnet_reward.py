@@ -1,5 +1,6 @@
 """Stages 3 and 4 as people run them: real processes, real rendering, real checkpoints."""
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_env import CAMERA, ROOT, load_policy
+from test_env import CAMERA, ROOT, load_policy, make
 
 import ppo_dense
 import ppo_resnet_reward
-from ppo_resnet_reward import Args, PickCubeCPU, RewardModel, make_contract, resnet_reward
+from ppo_resnet_reward import RewardModel, make_contract, resnet_reward
+
+Args = functools.partial(ppo_resnet_reward.Args, meshes="light")  # as on a CPU by default
 
 SMALL = ["--num-procs", "1", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "4", "--no-capture-video"]
 
@@ -65,7 +68,7 @@ def dense_checkpoint(tmp_path):
 def scenes():
     """Six scenes at the end of an episode of the trained policy, some of them successful."""
     torch.manual_seed(0)
-    envs, policy = PickCubeCPU(6, camera=CAMERA), load_policy()
+    envs, policy = make(6, CAMERA), load_policy()
     obs, _ = envs.reset(seed=0)
     for _ in range(40):
         with torch.no_grad():
@@ -154,7 +157,9 @@ def test_stage_4_renders_final_frames_only(tmp_path):
         assert len(rows) == round(wrong) > 0
         for row in rows:
             with Image.open(tmp_path / f"mistakes-{mode}" / row["file"]) as image:
-                assert image.size == (224, 224) and json.loads(image.text["row"])["file"] == row["file"]
+                inside = json.loads(image.text["row"])
+                assert image.size == (224, 224)
+                assert {key: str(inside[key]) for key in inside} == {key: row[key] for key in inside}
             assert (row["label"] == "success") == (row["is_obj_placed"] == row["is_robot_static"] == "1")
             assert row["is_final"] == "1" or mode == "always"
 
@@ -192,7 +197,7 @@ def test_nothing_follows_an_end_that_is_paid(tmp_path, flags, worth):
     checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_6/checkpoint.pt")), weights_only=True)
     agent = ppo_resnet_reward.Agent(42, 8)
     agent.load_state_dict(checkpoint["agent"])
-    obs, _ = PickCubeCPU(4).reset(seed=0)
+    obs, _ = make(4).reset(seed=0)
     assert (agent.get_value(obs) - worth).abs().max() < 0.45
 
 
@@ -206,7 +211,7 @@ def test_ignore_terminations(tmp_path):
 
 @pytest.mark.parametrize("field, theirs", [
     ("env_id", "PushCube-v1"), ("robot", "xarm6"), ("control_mode", "pd_ee_delta_pose"), ("reward_render_mode", "always"),
-    ("show_goal_site", False), ("image_size", [3, 112, 112]), ("shader", "rt"), ("format_version", 2),
+    ("show_goal_site", False), ("image_size", [3, 112, 112]), ("shader", "rt"), ("format_version", 3), ("meshes", "stock"),
     ("camera", dict(left=ppo_resnet_reward.CAMERA["left"]))])
 def test_contract(tmp_path, field, theirs):
     model = random_reward_model(tmp_path / "model.pt", **{field: theirs})
@@ -220,6 +225,17 @@ def test_another_maniskill_version_only_warns(tmp_path):
     model = random_reward_model(tmp_path / "model.pt", mani_skill_version="2.0.0")
     _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, "--num-iterations", "1", "--num-envs", "2")
     assert "warning: the frames were made with ManiSkill 2.0.0" in err
+
+
+def test_reward_models_of_before_meshes(tmp_path):
+    """Format 1 knew only ManiSkill's meshes: refused by name, and taken with --meshes stock."""
+    old = dict(make_contract(Args()), format_version=1)
+    del old["meshes"]
+    model = torch.load(random_reward_model(tmp_path / "model.pt"), weights_only=True)
+    torch.save(dict(model, contract=old), tmp_path / "model.pt")
+    _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", "model.pt", code=2)
+    assert "meshes is stock there and light here" in err.splitlines()[-1] and "format" not in err
+    run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", "model.pt", "--meshes", "stock", "--num-iterations", "1")
 
 
 def test_no_reward_model(tmp_path):
