@@ -131,7 +131,7 @@ class FrameArgs:
     show_goal_site: bool = True
     """show the green goal sphere in the frames (stage 4 must match)"""
     meshes: Optional[Literal["light", "stock"]] = None
-    """the robot's and the ground's: stock, or with a sixth of the triangles, which look nearly the same and render three times
+    """the robot's and the ground's: stock, or with a tenth of the triangles, which look nearly the same and render twice
     as fast on a CPU (stage 4 must match); None: stock on a GPU, light on a CPU"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
     """what stage 4 may score with this data: frames that end an episode, or every frame (stage 4 must match)"""
@@ -250,7 +250,7 @@ def compute_gae(rewards, values, next_values, terminal, dones, gamma: float, gae
 
 
 def train(args: Args):
-    # Start, or go on
+    # Start, or go on; another script's checkpoint gives a new run its agent
     checkpoint, run_dir = load_checkpoint(args)
     continued = checkpoint is not None and checkpoint["script"] == SCRIPT
     global_step, env_steps = (checkpoint["global_step"], checkpoint["env_steps"]) if continued else (0, 0)
@@ -487,9 +487,9 @@ def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, c
 
 
 def use_light_meshes(env):
-    """Join vertices of the robot, all but its hand, on a grid of 8 mm, of the ground on one of 40 m: their triangles, 155,000
-    of PickCube's, take most of a frame's time on a CPU, and 25,000 look nearly the same."""
-    cells = {link.entity: 0.008 for struct in env.agent.robot.links for link in struct._objs
+    """Join vertices of the robot, all but its hand, on a grid of 12 mm, of the ground on one of 40 m: their triangles, 155,000
+    of PickCube's, take most of a frame's time on a CPU, and 12,000 look nearly the same."""
+    cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
              if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
     cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
     for entity, cell in cells.items():
@@ -1070,6 +1070,8 @@ def start_ranks(num_procs: int) -> int:
         codes = [rank.poll() for rank in ranks]
         failed = [code for code in codes if code]
         if failed or None not in codes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ranks[0].wait(10 if failed == [2] else 0)  # of all ranks that fail(), only 0 says why
             for rank in ranks:
                 rank.kill()
             return abs(failed[0]) if failed else 0

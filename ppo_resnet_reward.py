@@ -286,15 +286,22 @@ def compute_gae(rewards, values, next_values, terminal, dones, gamma: float, gae
 
 
 def train(args: Args):
-    # Start, or go on
+    # Start, or go on; another script's checkpoint gives a new run its agent
     checkpoint, run_dir = load_checkpoint(args)
     continued = checkpoint is not None and checkpoint["script"] == SCRIPT
     global_step, env_steps = (checkpoint["global_step"], checkpoint["env_steps"]) if continued else (0, 0)
     device, stop_signals = join_ranks(args.sim_backend == "physx_cuda"), catch_signals()
-    contract = make_contract(args)
-    reward_model = matching_reward_model(args, contract)
     seed = args.seed + 1000 * global_step + RANK  # a continued run must not repeat the episodes it began with
     torch.manual_seed(seed)
+
+    # Reward model; the contract says how our frames are made, and it must know such frames
+    contract = make_contract(args)
+    reward_model = matching_reward_model(args, contract)
+    if reward_model:
+        reward_model.to(device)
+    mistakes, latest_mistakes = None, deque(maxlen=24)
+    if args.save_mistakes and not args.evaluate:
+        mistakes = FrameFolder(args.save_mistakes, contract, dict.fromkeys(LABELS, math.inf))
 
     # Scenes
     args.capture_video = args.capture_video and has_renderer(args.sim_backend)
@@ -331,15 +338,11 @@ def train(args: Args):
     dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
     terminal = torch.zeros_like(dones)  # the task is done, with nothing more to come
     # Of the episodes under way
-    mistakes = FrameFolder(args.save_mistakes, contract, dict.fromkeys(LABELS, math.inf)) if args.save_mistakes else None
     episode_id = RANK * num_envs + torch.arange(num_envs, device=device) + (mistakes.first_episode if mistakes else 0)
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_once = torch.zeros(num_envs, dtype=torch.bool, device=device)  # has succeeded at any step
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
-    latest_mistakes = deque(maxlen=24)
-    if reward_model:
-        reward_model.to(device)
 
     progress = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
     first_env_steps, start_time, stopping = env_steps, time.time(), False
@@ -365,7 +368,7 @@ def train(args: Args):
             episode_len += 1
             episode_once |= info["success"]
 
-            # Reward
+            # Reward: `scored` are the scenes that the ResNet looks at, `said` is whether it calls them done
             scored = done_idx if args.reward_render_mode == "episode_end" else torch.arange(num_envs, device=device)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
             said, success = probs > args.threshold, info["success"][scored]
@@ -562,9 +565,9 @@ def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, c
 
 
 def use_light_meshes(env):
-    """Join vertices of the robot, all but its hand, on a grid of 8 mm, of the ground on one of 40 m: their triangles, 155,000
-    of PickCube's, take most of a frame's time on a CPU, and 25,000 look nearly the same."""
-    cells = {link.entity: 0.008 for struct in env.agent.robot.links for link in struct._objs
+    """Join vertices of the robot, all but its hand, on a grid of 12 mm, of the ground on one of 40 m: their triangles, 155,000
+    of PickCube's, take most of a frame's time on a CPU, and 12,000 look nearly the same."""
+    cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
              if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
     cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
     for entity, cell in cells.items():
@@ -1167,6 +1170,8 @@ def start_ranks(num_procs: int) -> int:
         codes = [rank.poll() for rank in ranks]
         failed = [code for code in codes if code]
         if failed or None not in codes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ranks[0].wait(10 if failed == [2] else 0)  # of all ranks that fail(), only 0 says why
             for rank in ranks:
                 rank.kill()
             return abs(failed[0]) if failed else 0

@@ -13,6 +13,7 @@
     python train_reward_resnet.py --evaluate reward_checkpoints/best_model.pt --data-path other_data
 """
 import atexit
+import contextlib
 import csv
 import ctypes
 import functools
@@ -620,6 +621,8 @@ def start_ranks(num_procs: int) -> int:
         codes = [rank.poll() for rank in ranks]
         failed = [code for code in codes if code]
         if failed or None not in codes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ranks[0].wait(10 if failed == [2] else 0)  # of all ranks that fail(), only 0 says why
             for rank in ranks:
                 rank.kill()
             return abs(failed[0]) if failed else 0

@@ -235,7 +235,7 @@ def test_frames_equal_the_stock_cameras(env_id, show_goal_site):
 
 
 def test_light_meshes_look_alike():
-    """The cube, the goal and the table are what they were, the robot nearly so, with a sixth of the triangles."""
+    """The cube, the goal and the table are what they were, the robot nearly so, with a seventh of the triangles."""
     pictures = frames_differ("PickCube-v1", ppo_collect.VIDEO_CAMERA["views"], 11)
     for ours, theirs in pictures:
         robot = (theirs.amax(-1) - theirs.amin(-1) < 20)  # grey

@@ -328,7 +328,7 @@ def test_fuzzed_checkpoints_of_ppo(tmp_path):
         agent = stage_3.Agent(42, 8)
         optimizer = torch.optim.Adam(agent.parameters())
         try:
-            checkpoint, _ = stage_3.load_checkpoint(str(folder))
+            checkpoint, _ = stage_3.load_checkpoint(stage_3.Args(resume_dir=str(folder)))
             stage_3.load_weights(agent, optimizer, checkpoint)
         except SystemExit as stop:
             assert stop.code == 2
