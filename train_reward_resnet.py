@@ -515,8 +515,8 @@ def contract_differences(theirs: dict, ours: dict):
     if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
         print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
               f"{ours.get('mani_skill_version')}", file=sys.stderr)
-    if theirs.get("format_version") == 1:  # it knew no other meshes
-        theirs = dict(theirs, format_version=2, meshes="stock")
+    # Format 1 knew no other meshes.
+    theirs, ours = (dict(x, format_version=2, meshes="stock") if x.get("format_version") == 1 else x for x in (theirs, ours))
     return [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in sorted({*theirs, *ours})
             if theirs.get(key) != ours.get(key) and key != "mani_skill_version"]
 

@@ -117,6 +117,14 @@ def test_several_folders(data, tmp_path):
     assert "robot is panda there and xarm6 here" in err.splitlines()[-1]
 
 
+def test_contracts_of_before_meshes():
+    """Format 1 had ManiSkill's meshes, whichever side it is on."""
+    old, new = dict(format_version=1, robot="panda"), dict(format_version=2, robot="panda", meshes="stock")
+    differences = train_reward_resnet.contract_differences
+    assert differences(old, new) == differences(new, old) == differences(old, old) == []
+    assert differences(old, dict(new, meshes="light")) == ["meshes is stock there and light here"]
+
+
 def test_scores():
     """Against numbers counted by hand."""
     labels = np.array([1, 1, 1, 0, 0, 0, 0], bool)
