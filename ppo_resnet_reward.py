@@ -381,7 +381,7 @@ def train(args: Args):
 
             # Frames that it got wrong
             wrong = (said != success).nonzero().squeeze(-1)
-            if len(wrong):
+            if len(wrong) and not args.oracle:
                 rows = describe(scored[wrong], current_obs, info, done, args, global_step, env_steps,
                                 episode=episode_id, step=episode_len)
                 for frame, row in zip(frames[wrong].cpu().numpy(), rows):
