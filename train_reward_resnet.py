@@ -287,7 +287,7 @@ def train(args: Args):
     device, stop_signals = join_ranks(args.cuda), catch_signals()
     torch.manual_seed(args.seed)
     if args.evaluate:
-        return evaluate(args, device, data)
+        return evaluate_reward_model(args, device, data)
 
     # Model
     model = RewardModel(args.arch, args.hidden_dim, args.input_size)
@@ -492,7 +492,7 @@ def report_on(model, data, idx, frames, args, name: str, writer=None, step: int 
         writer.add_image("reward_model/mistakes", picture, step, dataformats="HWC")
 
 
-def evaluate(args, device, data):
+def evaluate_reward_model(args, device, data):
     """Score --evaluate's checkpoint on all frames of --data-path."""
     files, contract = data[0], data[-1]
     model, known = load_reward_model(args.evaluate, device)
