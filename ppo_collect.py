@@ -17,6 +17,7 @@ import ctypes
 import functools
 import inspect
 import io
+import itertools
 import json
 import os
 import random
@@ -65,7 +66,7 @@ class RunArgs:
     sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
     """where the physics runs; auto: physx_cuda with a GPU, else physx_cpu"""
     num_procs: Optional[int] = None
-    """ranks to start on a CPU; None: one a core (a GPU run is one process; for more use torchrun)"""
+    """ranks to start on a CPU; None: one a core, with 16 scenes or more each (a GPU run is one process; else use torchrun)"""
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
@@ -144,8 +145,6 @@ class Args(FrameArgs, PPOArgs, RunArgs):
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500), num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3),
                         anneal_lr=(False, True), meshes=("stock", "light"))
-RATES = ("gamma", "gae_lambda", "sample_rate_success", "sample_rate_fail", "sample_rate_fail_final", "sample_rate_near_miss")
-MAY_BE_ZERO = ("seed",)
 
 
 class FrameCollector:
@@ -894,6 +893,8 @@ TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 def contract_differences(theirs: dict, ours: dict):
     """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if theirs.get("source") != ours.get("source"):
+        return ["some are anyone's own pictures, others are frames of a ManiSkill task"]
     if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
         print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
               f"{ours.get('mani_skill_version')}", file=sys.stderr)
@@ -1052,6 +1053,25 @@ def fail(message: str):
     sys.exit(2)
 
 
+def usable_cores(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """The cores that this process may use: those of its affinity, at most what its container's quotas of CPU time amount to
+    (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; also those of the groups around its own)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = {Path()}
+    with contextlib.suppress(OSError):
+        for line in Path(cgroup).read_text().splitlines():
+            group = Path(line.split(":", 2)[2].lstrip("/"))
+            groups |= {group, *group.parents}
+    for group in groups:
+        for files in ([Path(root, group, "cpu.max")],
+                      [Path(root, "cpu", group, name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                quota, period = map(int, " ".join(file.read_text() for file in files).split())
+                if quota > 0:  # v1 says -1 for none
+                    cores = min(cores, max(1, quota // period))
+    return cores
+
+
 def start_ranks(num_procs: int) -> int:
     """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
     def die_with_parent():
@@ -1085,7 +1105,7 @@ def join_ranks(gpu: bool) -> torch.device:
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
     if WORLD_SIZE == 1:
         return device
     python_hook = sys.excepthook
@@ -1176,9 +1196,16 @@ def write_file(path: Path, data: bytes, sync: bool = False):
 
 
 def make_run_dir(args) -> Path:
-    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
-    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
-    run_dir.mkdir(parents=True)
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line.
+
+    Of runs that begin in the same second the second one's timestamp ends in _2, and so on.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for again in ("", *(f"_{n}" for n in range(2, 1000))):
+        run_dir = Path(args.log_dir, f"{now}{again}-{args.exp_name}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            break
     write_file(run_dir / "args.json",
                json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
     return run_dir
@@ -1205,7 +1232,7 @@ def restarted_run(args) -> Optional[str]:
 
 
 def load_checkpoint(args):
-    """The checkpoint in --resume-dir, which is its folder, or the newest whole one of a run's folder.
+    """The checkpoint in --resume-dir, which is its folder or file, or the newest whole one of a run's folder.
 
     Returns:
         checkpoint, run_dir; (None, None) without --resume-dir.
@@ -1214,6 +1241,7 @@ def load_checkpoint(args):
     if not resume_dir:
         return None, None
     folder, error = Path(resume_dir), "there is none"
+    folder = folder.parent if folder.is_file() else folder
     steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
     is_run = not (folder / "checkpoint.pt").exists()
     for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
@@ -1252,11 +1280,29 @@ def command_to_go_on(run_dir: Path) -> str:
 
 # ---------------------------------------------------------------------------------------------- flags
 
+RANGES = dict(
+    seed=(0, 10**9), critic_warmup=(0, 10**9), target_kl=(0, 100), alpha=(0, 100), image_size=(32, 1024),
+    input_size=(32, 1024), hidden_dim=(1, 1024), batch_size=(2, 65536), val_split=(0.001, 0.9), random_shift=(0, 0.5),
+    color_jitter=(0, 0.9), final_weight=(0, 100), to_goal_weight=(0, 100))
+"""of flags, in any of the scripts; other whole numbers are at least 1, other numbers between 0 and 1"""
+
+
 def parse_args():
     """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    for k, flag in enumerate(sys.argv):  # a shell makes several folders of logs/*-ppo_dense
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[k + 1:]))
+        several_ok = isinstance(getattr(Args, flag[2:].replace("-", "_"), None), tuple)
+        if flag.startswith("--") and len(values) > 1 and not several_ok:
+            fail(f"{flag} names several: {', '.join(values)}; name one")
     groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
     parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = RANGES.get(name, (1, 10**9) if isinstance(value, int) else (0, 1))
+            if not low <= value <= high:  # NaN is in no range
+                fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------- PPO's flags
@@ -1275,15 +1321,10 @@ def check_args(args) -> int:
     for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu_default if gpu else cpu_default)
-    for name, value in vars(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_ZERO and value < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-        if name in RATES and not 0 <= value <= 1:
-            fail(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
     find_task(args.env_id)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = max(1, min(usable_cores(), args.num_envs // 16))  # a rank costs 0.9 GB: not for a handful of scenes
     num_ranks = WORLD_SIZE if "WORLD_SIZE" in os.environ else 1 if gpu else args.num_procs or next(
-        n for n in range(cores, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
+        n for n in range(most, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
     for name in ("num_envs", "num_eval_envs"):
         if getattr(args, name) % num_ranks:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {num_ranks} ranks; take a multiple")

@@ -17,6 +17,7 @@ import ctypes
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -69,7 +70,7 @@ class RunArgs:
     sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
     """where the physics runs; auto: physx_cuda with a GPU, else physx_cpu"""
     num_procs: Optional[int] = None
-    """ranks to start on a CPU; None: one a core (a GPU run is one process; for more use torchrun)"""
+    """ranks to start on a CPU; None: one a core, with 16 scenes or more each (a GPU run is one process; else use torchrun)"""
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
@@ -150,8 +151,6 @@ class Args(RewardArgs, PPOArgs, RunArgs):
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 360), num_minibatches=(32, 8), anneal_lr=(False, True),
                         meshes=("stock", "light"))
-RATES = ("gamma", "gae_lambda", "threshold")
-MAY_BE_ZERO = ("seed", "critic_warmup")
 
 
 class RewardModel(nn.Module):
@@ -293,6 +292,9 @@ def train(args: Args):
     device, stop_signals = join_ranks(args.sim_backend == "physx_cuda"), catch_signals()
     seed = args.seed + 1000 * global_step + RANK  # a continued run must not repeat the episodes it began with
     torch.manual_seed(seed)
+    if checkpoint is None and RANK == 0:
+        print(f"{SCRIPT}: warning: without --resume-dir the policy starts from nothing and will hardly ever reach what the "
+              "ResNet pays for; give it stage 3's checkpoint", file=sys.stderr)
 
     # Reward model; the contract says how our frames are made, and it must know such frames
     contract = make_contract(args)
@@ -972,6 +974,8 @@ TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 def contract_differences(theirs: dict, ours: dict):
     """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if theirs.get("source") != ours.get("source"):
+        return ["some are anyone's own pictures, others are frames of a ManiSkill task"]
     if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
         print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
               f"{ours.get('mani_skill_version')}", file=sys.stderr)
@@ -1131,7 +1135,9 @@ def fast_bf16(device_type: str) -> bool:
 
 
 def load_reward_model(path: str, device):
-    """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
+    """The model in a checkpoint of train_reward_resnet.py, or in a folder with best_model.pt, and the contract of the frames
+    that it knows."""
+    path = Path(path, "best_model.pt") if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
@@ -1150,6 +1156,25 @@ def fail(message: str):
     if RANK == 0:
         print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def usable_cores(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """The cores that this process may use: those of its affinity, at most what its container's quotas of CPU time amount to
+    (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; also those of the groups around its own)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = {Path()}
+    with contextlib.suppress(OSError):
+        for line in Path(cgroup).read_text().splitlines():
+            group = Path(line.split(":", 2)[2].lstrip("/"))
+            groups |= {group, *group.parents}
+    for group in groups:
+        for files in ([Path(root, group, "cpu.max")],
+                      [Path(root, "cpu", group, name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                quota, period = map(int, " ".join(file.read_text() for file in files).split())
+                if quota > 0:  # v1 says -1 for none
+                    cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def start_ranks(num_procs: int) -> int:
@@ -1185,7 +1210,7 @@ def join_ranks(gpu: bool) -> torch.device:
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
     if WORLD_SIZE == 1:
         return device
     python_hook = sys.excepthook
@@ -1276,9 +1301,16 @@ def write_file(path: Path, data: bytes, sync: bool = False):
 
 
 def make_run_dir(args) -> Path:
-    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
-    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
-    run_dir.mkdir(parents=True)
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line.
+
+    Of runs that begin in the same second the second one's timestamp ends in _2, and so on.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for again in ("", *(f"_{n}" for n in range(2, 1000))):
+        run_dir = Path(args.log_dir, f"{now}{again}-{args.exp_name}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            break
     write_file(run_dir / "args.json",
                json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
     return run_dir
@@ -1305,7 +1337,7 @@ def restarted_run(args) -> Optional[str]:
 
 
 def load_checkpoint(args):
-    """The checkpoint in --resume-dir, which is its folder, or the newest whole one of a run's folder.
+    """The checkpoint in --resume-dir, which is its folder or file, or the newest whole one of a run's folder.
 
     Returns:
         checkpoint, run_dir; (None, None) without --resume-dir.
@@ -1314,6 +1346,7 @@ def load_checkpoint(args):
     if not resume_dir:
         return None, None
     folder, error = Path(resume_dir), "there is none"
+    folder = folder.parent if folder.is_file() else folder
     steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
     is_run = not (folder / "checkpoint.pt").exists()
     for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
@@ -1352,11 +1385,29 @@ def command_to_go_on(run_dir: Path) -> str:
 
 # ---------------------------------------------------------------------------------------------- flags
 
+RANGES = dict(
+    seed=(0, 10**9), critic_warmup=(0, 10**9), target_kl=(0, 100), alpha=(0, 100), image_size=(32, 1024),
+    input_size=(32, 1024), hidden_dim=(1, 1024), batch_size=(2, 65536), val_split=(0.001, 0.9), random_shift=(0, 0.5),
+    color_jitter=(0, 0.9), final_weight=(0, 100), to_goal_weight=(0, 100))
+"""of flags, in any of the scripts; other whole numbers are at least 1, other numbers between 0 and 1"""
+
+
 def parse_args():
     """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    for k, flag in enumerate(sys.argv):  # a shell makes several folders of logs/*-ppo_dense
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[k + 1:]))
+        several_ok = isinstance(getattr(Args, flag[2:].replace("-", "_"), None), tuple)
+        if flag.startswith("--") and len(values) > 1 and not several_ok:
+            fail(f"{flag} names several: {', '.join(values)}; name one")
     groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
     parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = RANGES.get(name, (1, 10**9) if isinstance(value, int) else (0, 1))
+            if not low <= value <= high:  # NaN is in no range
+                fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------- PPO's flags
@@ -1375,15 +1426,10 @@ def check_args(args) -> int:
     for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu_default if gpu else cpu_default)
-    for name, value in vars(args).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name not in MAY_BE_ZERO and value < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
-        if name in RATES and not 0 <= value <= 1:
-            fail(f"--{name.replace('_', '-')} {value} is not between 0 and 1")
     find_task(args.env_id)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = max(1, min(usable_cores(), args.num_envs // 16))  # a rank costs 0.9 GB: not for a handful of scenes
     num_ranks = WORLD_SIZE if "WORLD_SIZE" in os.environ else 1 if gpu else args.num_procs or next(
-        n for n in range(cores, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
+        n for n in range(most, 0, -1) if args.num_envs % n == 0 and args.num_eval_envs % n == 0)
     for name in ("num_envs", "num_eval_envs"):
         if getattr(args, name) % num_ranks:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by {num_ranks} ranks; take a multiple")

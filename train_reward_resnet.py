@@ -1,9 +1,11 @@
 """Stage 2: train a ResNet that looks at a frame and says whether the task is done. It will be the reward of stage 4.
 
-    reads   data/success/*.png, data/failure/*.png, data/metadata.json, data/index.csv    written by ppo_collect.py
+    reads   data/success/*.png, data/failure/*.png, data/metadata.json, data/index.csv    written by ppo_collect.py,
+            or just your own pictures in data/success/ and data/failure/: PNG or JPEG, of any size
     writes  reward_checkpoints/best_model.pt    the model with the lowest loss on held-out episodes, and the data's contract
             reward_checkpoints/last_model.pt    where --resume goes on
             reward_checkpoints/report.json      accuracy, precision, recall, ... on held-out episodes, by kind of frame
+            reward_checkpoints/report.csv       the probability of each of their frames
             reward_checkpoints/mistakes.png     the worst mistakes on them
             logs/<timestamp>-train_reward_resnet/    TensorBoard events, args.json
 
@@ -11,6 +13,7 @@
     torchrun --nproc-per-node=8 train_reward_resnet.py
     python train_reward_resnet.py --resume            # go on where an interrupted training stopped
     python train_reward_resnet.py --evaluate reward_checkpoints/best_model.pt --data-path other_data
+            writes report_other_data.json, report_other_data.csv with a probability a file, and mistakes_other_data.png
 """
 import atexit
 import contextlib
@@ -18,6 +21,7 @@ import csv
 import ctypes
 import functools
 import io
+import itertools
 import json
 import os
 import shlex
@@ -38,7 +42,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torchvision
 import tyro
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -164,6 +168,9 @@ def augment(frames, args):
     return (x * (1 + contrast) + mean * (brightness - contrast)).permute(0, 2, 3, 1)
 
 
+PICTURES = dict(format_version=2, source="pictures")
+"""what becomes metadata.json of a folder of your own pictures, of any size"""
+SYSTEM_FILES = (".tmp", "Thumbs.db", "desktop.ini")
 KINDS = ("ends an episode", "near miss", "ambiguous", "other")
 
 
@@ -192,23 +199,28 @@ def read_data(data_path):
 
 
 def read_folder(folder: Path):
-    try:
-        contract = dict(json.loads((folder / "metadata.json").read_text()))
-        channels, height, width = contract["image_size"]
-        if channels != 3 or height != width or not 32 <= height <= 1024:
-            raise ValueError("image_size must be [3, S, S] with S from 32 to 1024")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        fail(f"{folder / 'metadata.json'}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: "
-             "collect them with ppo_collect.py, or name their folder with --data-path")
     files = {}
     for label in LABELS:
-        names = sorted(f for f in os.listdir(folder / label) if not f.endswith(".tmp")) if (folder / label).is_dir() else []
-        strange = next((name for name in names if not name.endswith(".png")), None)
+        names = sorted(os.listdir(folder / label)) if (folder / label).is_dir() else []
+        names = [name for name in names if not name.startswith(".") and not name.endswith(SYSTEM_FILES)]
+        strange = next((name for name in names if not name.lower().endswith((".png", ".jpg", ".jpeg"))), None)
         if strange:
-            fail(f"{folder / label / strange} is not a PNG; remove it")
+            fail(f"{folder / label / strange} is neither a PNG nor a JPEG; remove it")
         if not names:
-            fail(f"{folder / label} holds no frames, and training needs both classes; collect more with ppo_collect.py")
+            fail(f"{folder / label} holds no frames, and training needs both classes; collect them with ppo_collect.py, or "
+                 "put your own pictures there")
         files[label] = [f"{label}/{name}" for name in names]
+    metadata = folder / "metadata.json"
+    try:
+        from_stage_1 = metadata.exists() or (folder / "index.csv").exists()
+        contract = dict(json.loads(metadata.read_text())) if from_stage_1 else PICTURES
+        if contract != PICTURES:
+            channels, height, width = contract["image_size"]
+            if channels != 3 or not 32 <= min(height, width) <= max(height, width) <= 4096:
+                raise ValueError("image_size must be [3, height, width], of 32 to 4096 pixels")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        fail(f"{metadata}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: collect them "
+             "with ppo_collect.py, or name their folder with --data-path")
     rows = {}
     try:
         if (folder / "index.csv").exists():
@@ -249,22 +261,27 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def load_frames(files, size: int, model, progress: str):
-    """Decode this rank's PNG files once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU.
+def load_frames(files, contract: dict, model, progress: str):
+    """Decode this rank's pictures once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU.
 
-    Every file must be a whole PNG of `size` x `size`; headers are checked before memory is taken.
+    Every file must be whole, with 8 bits a channel, and as large as the contract says; headers are checked before memory is
+    taken.
     """
     def decode(file):
         try:
-            with Image.open(file, formats=["PNG"]) as image:
-                if image.size != (size, size):
-                    return f"{file} is {image.width}x{image.height} and metadata.json says {size}x{size}"
+            with Image.open(file, formats=["PNG", "JPEG"]) as image:
+                size = contract.get("image_size", [3, image.height, image.width])[1:]
+                if [image.height, image.width] != size:
+                    return f"{file} is {image.width}x{image.height} and metadata.json says {size[1]}x{size[0]}"
+                if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
+                    return f"{file} does not have 8 bits a channel (Pillow's mode {image.mode})"
                 row = json.loads(getattr(image, "text", {}).get("row", "{}"))
                 if row.get("label", Path(file).parent.name) != Path(file).parent.name:
                     return f"{file} was collected as a {row['label']}"
-                return np.asarray(image.convert("RGB"))
+                picture = ImageOps.exif_transpose(image).convert("RGB")  # a telephone may have been held upright
+            return model.scale(torch.from_numpy(np.array(picture))[None])[0]
         except (OSError, SyntaxError, ValueError, AttributeError, RecursionError, Image.DecompressionBombError) as error:
-            return f"{file} is not a whole PNG ({str(error)[:80]})"
+            return f"{file} is not a whole picture ({str(error)[:80]})"
 
     frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
     problem = None
@@ -274,11 +291,11 @@ def load_frames(files, size: int, model, progress: str):
             problem = next((frame for frame in chunk if isinstance(frame, str)), None)
             if problem:
                 break
-            frames[k:k + 256] = model.scale(torch.from_numpy(np.stack(chunk)))
+            frames[k:k + 256] = torch.stack(chunk)
             bar.update(len(chunk))
     problem = next((p for p in gather_all(problem) if p), None)
     if problem:
-        fail(f"{problem}; remove it and its row of index.csv")
+        fail(f"{problem}; mend it, or remove it and its row of index.csv")
     return frames
 
 
@@ -299,9 +316,8 @@ def train(args: Args):
 
     # Data
     train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
-    size = contract["image_size"][1]
-    train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], size, model, "decoding")
-    val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], size, model, "decoding held-out")
+    train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], contract, model, "decoding")
+    val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], contract, model, "decoding held-out")
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
     train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
@@ -403,7 +419,7 @@ def train(args: Args):
               train_frames=sizes[0], minutes=state["seconds"] / 60)
     if RANK == 0:
         writer.close()
-        print(f"{Path(args.save_dir, 'best_model.pt')} is ready for stage 4")
+        print(f"{Path(args.save_dir, 'best_model.pt')} is ready" + (" for stage 4" if contract != PICTURES else ""))
 
 
 # ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
@@ -469,7 +485,7 @@ def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows
     for k, i in enumerate(wrong):
         cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
         with Image.open(files[i]) as image:
-            cell.paste(image.convert("RGB").resize((size - 6, size - 6)), (3, 3))
+            cell.paste(ImageOps.exif_transpose(image).convert("RGB").resize((size - 6, size - 6)), (3, 3))
         text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
         ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
         sheet.paste(cell, (k % columns * size, k // columns * size))
@@ -477,16 +493,22 @@ def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows
 
 
 def report_on(model, data, idx, frames, args, name: str, writer=None, step: int = 0, **more):
-    """Score `frames`, this rank's share of `idx`, print, and write <save-dir>/report<name>.json and mistakes<name>.png."""
+    """Score `frames`, this rank's share of `idx`, print, and write report<name>.json, report<name>.csv with the probability of
+    every file, and mistakes<name>.png into <save-dir>."""
+    on_rank0(write_report, join(model.predict(frames)), data, idx, args, name, writer, step, more)
+
+
+def write_report(probs, data, idx, args, name: str, writer, step: int, more: dict):
     files, labels, _, kinds, _, _ = data
-    probs = join(model.predict(frames))
-    if RANK > 0:
-        return
-    report = score(probs, labels[idx], {kind: mask[idx] for kind, mask in kinds.items()}, args.threshold)
+    files, labels = [files[i] for i in idx], labels[idx]
+    report = score(probs, labels, {kind: mask[idx] for kind, mask in kinds.items()}, args.threshold)
     print_report(report)
-    picture, png = draw_mistakes([files[i] for i in idx], probs, labels[idx], args.threshold), io.BytesIO()
+    picture, png, table = draw_mistakes(files, probs, labels, args.threshold), io.BytesIO(), io.StringIO()
     Image.fromarray(picture).save(png, "PNG")
+    rows = ((file, LABELS[not label], f"{prob:.6f}") for file, label, prob in zip(files, labels, probs))
+    csv.writer(table, lineterminator="\n").writerows([("file", "label", "probability"), *rows])
     write_file(Path(args.save_dir, f"mistakes{name}.png"), png.getvalue())
+    write_file(Path(args.save_dir, f"report{name}.csv"), table.getvalue().encode())
     write_file(Path(args.save_dir, f"report{name}.json"), json.dumps(dict(report, **more), indent=2).encode())
     if writer:
         writer.add_image("reward_model/mistakes", picture, step, dataformats="HWC")
@@ -499,7 +521,8 @@ def evaluate_reward_model(args, device, data):
     differing = contract_differences(known, contract)
     if differing:
         fail(f"{args.evaluate} knows frames made differently from those in {args.data_path[0]}: " + "; ".join(differing))
-    mine = load_frames(files[RANK::WORLD_SIZE], contract["image_size"][1], model, "decoding")
+    on_rank0(functools.partial(os.makedirs, args.save_dir, exist_ok=True))
+    mine = load_frames(files[RANK::WORLD_SIZE], contract, model, "decoding")
     name = f"_{Path(args.data_path[0]).resolve().name}"
     report_on(model, data, np.arange(len(files)), mine, args, name, checkpoint=args.evaluate)
 
@@ -512,6 +535,8 @@ TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 def contract_differences(theirs: dict, ours: dict):
     """What two contracts disagree on, in words; another version of ManiSkill only gets a warning."""
+    if theirs.get("source") != ours.get("source"):
+        return ["some are anyone's own pictures, others are frames of a ManiSkill task"]
     if RANK == 0 and theirs.get("mani_skill_version") != ours.get("mani_skill_version"):
         print(f"{SCRIPT}: warning: the frames were made with ManiSkill {theirs.get('mani_skill_version')}, here it is "
               f"{ours.get('mani_skill_version')}", file=sys.stderr)
@@ -531,7 +556,9 @@ def fast_bf16(device_type: str) -> bool:
 
 
 def load_reward_model(path: str, device):
-    """The model in a checkpoint of train_reward_resnet.py and the contract of the frames that it knows."""
+    """The model in a checkpoint of train_reward_resnet.py, or in a folder with best_model.pt, and the contract of the frames
+    that it knows."""
+    path = Path(path, "best_model.pt") if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = RewardModel(checkpoint["arch"], checkpoint["hidden_dim"], checkpoint["input_size"])
@@ -555,8 +582,12 @@ def join(part):
 
 
 def open_folders(args, run_dir):
-    """Create what is missing of <save-dir> and of the run's folder, and return the latter."""
+    """Create what is missing of <save-dir>, of metadata.json and of the run's folder, and return the latter."""
     Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+    for folder in map(Path, args.data_path):
+        if not (folder / "metadata.json").exists():
+            with contextlib.suppress(OSError):  # it may be read-only
+                write_file(folder / "metadata.json", json.dumps(PICTURES, indent=2).encode())
     if run_dir is None or not Path(run_dir).is_dir():
         run_dir = make_run_dir(args)
     return str(run_dir)
@@ -603,6 +634,25 @@ def fail(message: str):
     sys.exit(2)
 
 
+def usable_cores(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """The cores that this process may use: those of its affinity, at most what its container's quotas of CPU time amount to
+    (cpu.max of cgroup v2, cpu.cfs_quota_us of v1; also those of the groups around its own)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    groups = {Path()}
+    with contextlib.suppress(OSError):
+        for line in Path(cgroup).read_text().splitlines():
+            group = Path(line.split(":", 2)[2].lstrip("/"))
+            groups |= {group, *group.parents}
+    for group in groups:
+        for files in ([Path(root, group, "cpu.max")],
+                      [Path(root, "cpu", group, name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                quota, period = map(int, " ".join(file.read_text() for file in files).split())
+                if quota > 0:  # v1 says -1 for none
+                    cores = min(cores, max(1, quota // period))
+    return cores
+
+
 def start_ranks(num_procs: int) -> int:
     """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
     def die_with_parent():
@@ -636,7 +686,7 @@ def join_ranks(gpu: bool) -> torch.device:
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, os.cpu_count() // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
     if WORLD_SIZE == 1:
         return device
     python_hook = sys.excepthook
@@ -727,9 +777,16 @@ def write_file(path: Path, data: bytes, sync: bool = False):
 
 
 def make_run_dir(args) -> Path:
-    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line."""
-    run_dir = Path(args.log_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{args.exp_name}")
-    run_dir.mkdir(parents=True)
+    """Create <log-dir>/<timestamp>-<exp-name>/ with args.json, which also holds the command line.
+
+    Of runs that begin in the same second the second one's timestamp ends in _2, and so on.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for again in ("", *(f"_{n}" for n in range(2, 1000))):
+        run_dir = Path(args.log_dir, f"{now}{again}-{args.exp_name}")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            break
     write_file(run_dir / "args.json",
                json.dumps(dict(asdict(args), command=shlex.join(sys.argv), launcher=LAUNCHER), indent=2).encode())
     return run_dir
@@ -737,11 +794,29 @@ def make_run_dir(args) -> Path:
 
 # ---------------------------------------------------------------------------------------------- flags
 
+RANGES = dict(
+    seed=(0, 10**9), critic_warmup=(0, 10**9), target_kl=(0, 100), alpha=(0, 100), image_size=(32, 1024),
+    input_size=(32, 1024), hidden_dim=(1, 1024), batch_size=(2, 65536), val_split=(0.001, 0.9), random_shift=(0, 0.5),
+    color_jitter=(0, 0.9), final_weight=(0, 100), to_goal_weight=(0, 100))
+"""of flags, in any of the scripts; other whole numbers are at least 1, other numbers between 0 and 1"""
+
+
 def parse_args():
     """The flags of the command line in one flat Args; --help shows them in the groups that Args inherits."""
+    for k, flag in enumerate(sys.argv):  # a shell makes several folders of logs/*-ppo_dense
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[k + 1:]))
+        several_ok = isinstance(getattr(Args, flag[2:].replace("-", "_"), None), tuple)
+        if flag.startswith("--") and len(values) > 1 and not several_ok:
+            fail(f"{flag} names several: {', '.join(values)}; name one")
     groups = make_dataclass("Groups", [(base.__name__.removesuffix("Args"), base) for base in reversed(Args.__bases__)])
     parsed = tyro.cli(tyro.conf.OmitArgPrefixes[groups], description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = RANGES.get(name, (1, 10**9) if isinstance(value, int) else (0, 1))
+            if not low <= value <= high:  # NaN is in no range
+                fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------- stage 2's flags
@@ -759,16 +834,6 @@ def check_training_args(args) -> int:
                               batch_size=64 if args.cuda else 32, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    for name, low, high in (("input_size", 32, 1024), ("hidden_dim", 1, 1024), ("epochs", 1, np.inf),
-                            ("batch_size", 2, 65536), ("early_stopping_patience", 1, np.inf),
-                            ("num_procs", 1, np.inf), ("threshold", 0, 1), ("val_split", 0.001, 0.9),
-                            ("random_shift", 0, 0.5),
-                            ("color_jitter", 0, 0.9), ("easy_loss", 0, 1), ("final_weight", 0, 100),
-                            ("to_goal_weight", 0, 100), ("lr", 0, 1)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}" if high < np.inf
-                 else f"--{name.replace('_', '-')} must be at least {low}")
     return WORLD_SIZE if "WORLD_SIZE" in os.environ else args.num_procs
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Lets SAPIEN render without a GPU: installs Mesa's lavapipe (a Vulkan driver that runs on the CPU), 24.3 or newer.
-# For Debian 12 and 13 and Ubuntu 24.04; needs root or sudo. Changes nothing where SAPIEN can render already.
-#   bash tests/install_cpu_renderer.sh [python]      python: the one that has mani_skill installed
+# What `pip install -r requirements.txt` leaves to do:
+# - Lets SAPIEN render without a GPU: installs Mesa's lavapipe (a Vulkan driver that runs on the CPU), 24.3 or newer.
+#   For Debian 12 and 13 and Ubuntu 24.04; needs root or sudo. Changes nothing where SAPIEN can render already.
+# - On Python 3.13 and newer, installs ManiSkill without mplib (see requirements.txt).
+#   bash tests/install_cpu_renderer.sh [python]      python: the one that requirements.txt was installed for
 set -euo pipefail
 python=${1:-python}
 
@@ -18,6 +20,12 @@ assert camera.get_picture("Color").shape[:2] == (32, 32)
 PY
 }
 
+if ! "$python" -c "import mani_skill" 2>/dev/null && "$python" -c "import sys; sys.exit(sys.version_info < (3, 13))"; then
+    "$python" -m pip install -q --no-deps "mani_skill>=3.0.1"
+    "$python" -c 'from importlib.metadata import requires
+print(*(need for need in requires("mani_skill") if not need.startswith("mplib") and "extra ==" not in need), sep="\n")' \
+        | "$python" -m pip install -q -r /dev/stdin
+fi
 "$python" -c "import sapien" || { echo "install_cpu_renderer: $python has no sapien; run pip install -r requirements.txt first" >&2; exit 2; }
 if render_a_frame; then
     echo "SAPIEN renders already; nothing to install."

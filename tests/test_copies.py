@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("ppo_collect", "train_reward_resnet", "ppo_dense", "ppo_resnet_reward")
 MARK = "# ==== From here on: machinery."
-OWN = {"PPOArgs", "Args", "GPU_CPU_DEFAULTS", "RATES", "MAY_BE_ZERO", "train"}  # of the stories: differ by nature
+OWN = {"PPOArgs", "Args", "GPU_CPU_DEFAULTS", "train"}  # of the stories: differ by nature
 LINES = dict(ppo_dense=400, ppo_collect=550, ppo_resnet_reward=550, train_reward_resnet=550)  # a story at most
 
 

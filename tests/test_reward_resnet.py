@@ -1,6 +1,7 @@
 """Stage 2: train_reward_resnet.py as people run it, on a small folder of real rendered frames."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,95 @@ def test_several_folders(data, tmp_path):
     assert "robot is panda there and xarm6 here" in err.splitlines()[-1]
 
 
+def own_pictures(data, folder):
+    """What a person has: large upright and wide JPEGs, some of them turned by the camera, PNGs, and what systems leave."""
+    for label in ("success", "failure"):
+        (folder / label).mkdir(parents=True)
+        for k, file in enumerate(sorted((data / label).iterdir())):
+            with Image.open(file) as image:
+                picture = Image.fromarray(np.asarray(image)).resize((480, 640) if k % 2 else (1280, 720))
+            exif = Image.Exif()
+            if k % 4 == 1:  # a telephone held upright stores the picture lying, and says so
+                picture, exif[0x0112] = picture.transpose(Image.Transpose.ROTATE_90), 6
+            if k % 3:
+                picture.save(folder / label / f"IMG_{k}.JPG", exif=exif, quality=90)
+            else:
+                picture.save(folder / label / f"{k} (copy).png", exif=exif)
+        (folder / label / ".DS_Store").write_bytes(b"Bud1")
+        (folder / label / "Thumbs.db").write_bytes(b"thumbs")
+    return folder
+
+
+def test_own_pictures(data, tmp_path):
+    """Two folders of anybody's pictures, one command: a classifier, and a metadata.json; stage 4 refuses it with the reason."""
+    pictures = own_pictures(data, tmp_path / "pictures")
+    run(tmp_path, "--data-path", "pictures", "--epochs", "30")
+    report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
+    assert report["accuracy"] > 0.95, report
+    assert json.loads((pictures / "metadata.json").read_text()) == train_reward_resnet.PICTURES
+    out, _ = run(tmp_path, "--data-path", "pictures", "--epochs", "31", "--resume")
+    assert "is ready\n" in out
+
+    # Turned pictures are seen as people see them
+    model, contract = load_reward_model(tmp_path / "reward_checkpoints", torch.device("cpu"))
+    turned, = train_reward_resnet.load_frames([str(pictures / "success/IMG_1.JPG")], contract, model, "decoding")
+    with Image.open(data / "success/0002.png") as image:
+        straight = model.scale(torch.from_numpy(np.array(image))[None])[0]
+    assert (turned.float() - straight.float()).abs().mean() < 4
+
+    # Every picture gets its probability, in a folder that does not exist yet
+    run(tmp_path, "--evaluate", "reward_checkpoints", "--data-path", "pictures", "--save-dir", "new/folder")
+    rows = (tmp_path / "new/folder/report_pictures.csv").read_text().splitlines()
+    assert rows[0] == "file,label,probability" and len(rows) == 129
+    file, label, probability = rows[1].split(",")
+    assert file == "pictures/success/0 (copy).png" and label == "success" and 0 <= float(probability) <= 1
+    right = [(float(row.split(",")[2]) > 0.5) == (row.split(",")[1] == "success") for row in rows[1:]]
+    assert np.mean(right) == json.loads((tmp_path / "new/folder/report_pictures.json").read_text())["accuracy"] > 0.95
+
+    _, err = run(tmp_path, "--evaluate", "reward_checkpoints", "--data-path", "data", code=2)
+    assert "some are anyone's own pictures, others are frames of a ManiSkill task" in err
+    process = subprocess.run([sys.executable, str(ROOT / "ppo_resnet_reward.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and "some are anyone's own pictures, others are frames" in process.stderr
+
+
+def test_frames_that_are_not_square(data, tmp_path):
+    contract = json.loads((data / "metadata.json").read_text())
+    (data / "metadata.json").write_text(json.dumps(dict(contract, image_size=[3, 480, 640])))
+    for file in data.glob("*/*.png"):
+        with Image.open(file) as image:
+            Image.fromarray(np.asarray(image)).resize((640, 480)).save(file)
+    run(tmp_path, "--epochs", "15")
+    assert json.loads((tmp_path / "reward_checkpoints/report.json").read_text())["accuracy"] > 0.95
+
+
+def test_the_readme_s_own_loop(data, tmp_path):
+    """README, "The reward model in your own code": the lines that stand there, with a ManiSkill task as "your" environment."""
+    run(tmp_path, "--epochs", "10")
+    code = re.search(r"<!-- own loop -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    own = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport ppo_collect\n"
+           "args = ppo_collect.Args(meshes='light', image_size=224, sim_backend='physx_cpu')\n"
+           "contract = ppo_collect.make_contract(args)\n"
+           "import gymnasium\n"
+           "class Robot(gymnasium.Env):\n"
+           "    def __init__(self):\n"
+           "        self.envs = ppo_collect.make_envs(args, 1, ppo_collect.frame_camera(contract))\n"
+           "        self.action_space = self.envs.single_action_space\n"
+           "    def reset(self, seed=None, options=None):\n"
+           "        return self.envs.reset(seed=seed)[0][0].numpy(), {}\n"
+           "    def step(self, action):\n"
+           "        import torch\n"
+           "        obs = self.envs.step(torch.from_numpy(action)[None])[0]\n"
+           "        return obs[0].numpy(), 0.0, False, False, {}\n"
+           "    def render(self):\n"
+           "        import torch\n"
+           "        return self.envs.render_frames(torch.tensor([0]))[0].numpy()\n"
+           f"my_env = Robot()\n{code}\n"
+           "print('RESULT', type(reward).__name__, reward, terminated, info['probability'])\n")
+    process = subprocess.run([sys.executable, "-c", own], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert re.search(r"RESULT float 0.0 False [\d.e-]+", process.stdout), process.stdout
+
+
 def test_contracts_of_before_meshes():
     """Format 1 had ManiSkill's meshes, whichever side it is on."""
     old, new = dict(format_version=1, robot="panda"), dict(format_version=2, robot="panda", meshes="stock")
@@ -206,6 +296,11 @@ def another_file(data):
     (data / "failure/notes.txt").write_text("no picture")
 
 
+def sixteen_bits(data):
+    """Pillow's convert("RGB") would make it white."""
+    Image.fromarray((np.arange(224 * 224, dtype=np.uint16)).reshape(224, 224)).save(data / "failure/0007.png")
+
+
 def wrong_label(data):
     index = (data / "index.csv").read_text()
     (data / "index.csv").write_text(index.replace("failure/0001.png,failure", "failure/0001.png,success"))
@@ -218,10 +313,11 @@ def broken_index(data):
 @pytest.mark.parametrize("prepare, says", [
     (no_metadata, "metadata.json: FileNotFoundError"), (huge_metadata, "image_size must be"),
     (one_class, "data/success holds no"),
-    (too_few, "too few frames to split"), (truncated_png, "failure/0020.png is not a whole PNG"),
+    (too_few, "too few frames to split"), (truncated_png, "failure/0020.png is not a whole picture"),
     (wrong_size, "success/0003.png is 64x64 and metadata.json says 224x224"), (bomb, "success/0003.png is "),
-    (not_a_picture, "failure/0007.png is not a whole PNG"), (another_file, "notes.txt is not a PNG"),
-    (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv row 2"), (shutil.rmtree, "metadata.json"),
+    (not_a_picture, "failure/0007.png is not a whole picture"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
+    (sixteen_bits, "failure/0007.png does not have 8 bits a channel"),
+    (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv row 2"), (shutil.rmtree, "data/success holds no frames"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_folders(data, tmp_path, prepare, says):
     """One line that says what is wrong, exit code 2, no traceback."""

@@ -1,0 +1,144 @@
+"""Does every seed learn? Trains the recipe of stage 1 (without frames) or of stage 3 for a list of seeds, one run a core.
+
+    python tests/bench_seeds.py --stage 1 --seeds 0 1 2 3 4 5 6 7 8 9          # writes seeds/stage_1.png and prints a table
+    python tests/bench_seeds.py --stage 3 --seeds 0 1 2 3 4 5 6 7 8 9
+
+Every run is ppo_dense.py with the defaults of the stage's script, in one process bound to one core. It ends after --env-steps
+or with its last global step. Stopped and called again, the bench goes on where it was: its runs lie in --out, a folder each.
+"""
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import ppo_collect  # noqa: E402
+import ppo_dense  # noqa: E402
+
+EVALUATION = re.compile(r"([\d,]+) env steps: eval/success_once ([\d.]+), .*eval/episode_len ([\d.]+)")
+EVAL_EVERY = 64_000  # env steps
+
+
+def recipe(stage: int):
+    """The flags with which ppo_dense.py trains as the stage's script does on a CPU, and the env steps of that."""
+    script = {1: ppo_collect, 3: ppo_dense}[stage]
+    ppo = script.PPOArgs(capture_video=False)
+    for name, (_, on_cpu) in script.GPU_CPU_DEFAULTS.items():
+        if hasattr(ppo, name):
+            setattr(ppo, name, on_cpu)
+    global_step = ppo.num_envs * ppo.num_steps
+    ppo.eval_freq = ppo.save_interval = EVAL_EVERY // global_step
+    flags = []
+    for name, value in vars(ppo).items():
+        flag = name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return flags, ppo.num_iterations * global_step
+
+
+class Run:
+    """One seed, on one core."""
+
+    def __init__(self, folder: Path, stage: int, seed: int, env_steps: float):
+        flags, whole = recipe(stage)
+        self.seed, self.folder, self.log, self.last = seed, folder, folder / "output.log", min(env_steps, whole)
+        self.command = [sys.executable, str(ROOT / "ppo_dense.py"), *flags, "--seed", str(seed), "--no-cuda",
+                        "--num-procs", "1", "--log-dir", str(folder)]
+
+    def curve(self) -> dict:
+        """{env steps: (success_once, episode_len)} of the evaluations so far; a continued run says some of them again."""
+        found = EVALUATION.findall(self.log.read_text()) if self.log.exists() else []
+        return {int(steps.replace(",", "")): (float(success), float(length)) for steps, success, length in found}
+
+    def env_steps(self) -> int:
+        return max(self.curve(), default=0)
+
+    def start(self, core: int):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = [file.parents[2] for file in self.folder.glob("*/checkpoints/*/checkpoint.pt")]
+        resume = ["--resume-dir", str(max(begun))] if begun else []
+        self.core = core
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(self.command + resume, stdout=log, stderr=subprocess.DEVNULL,
+                                            preexec_fn=lambda: os.sched_setaffinity(0, [core]))
+
+    def ended(self) -> bool:
+        if self.process.poll() is None and self.env_steps() >= self.last:
+            self.process.terminate()
+            self.process.wait()
+        if self.process.poll():
+            sys.exit(f"exit code {self.process.returncode} of: {' '.join(self.command)}")
+        return self.process.poll() is not None
+
+
+def table(curves: dict) -> str:
+    """Markdown: a row a seed, then min, median and max of each column."""
+    rows = []
+    for seed, curve in curves.items():
+        reached = [min([steps for steps in curve if curve[steps][0] >= once], default=float("inf")) for once in (0.5, 0.95)]
+        rows.append([seed, *reached, *curve[max(curve)], max(curve)])
+    for name, pick in (("min", min), ("median", statistics.median), ("max", max)):
+        rows.append([name, *(pick(column) for column in list(zip(*rows[:len(curves)]))[1:])])
+    lines = ["| seed | env steps to 0.5 | to 0.95 | success at the end | episode length | env steps |", "|---" * 6 + "|"]
+    for seed, half, most, once, length, steps in rows:
+        half, most = ("never" if x == float("inf") else f"{x:,.0f}" for x in (half, most))
+        lines.append(f"| {seed} | {half} | {most} | {once:.3f} | {length:.1f} | {steps:,.0f} |")
+    return "\n".join(lines)
+
+
+def draw(curves: dict, title: str, path: Path):
+    figure, axes = plt.subplots(2, 1, figsize=(7, 5), sharex=True, constrained_layout=True)
+    for seed, curve in curves.items():
+        steps = sorted(curve)
+        for k, ax in enumerate(axes):
+            ax.plot([s / 1e6 for s in steps], [curve[s][k] for s in steps], label=str(seed), lw=1.2)
+    axes[0].axhline(0.95, color="0.7", lw=0.8, zorder=0)
+    axes[0].set(ylabel="eval/success_once", ylim=(0, 1.02), title=title)
+    axes[1].set(ylabel="eval/episode_len", xlabel="million env steps", ylim=(0, None), xlim=(0, None))
+    axes[0].legend(title="seed", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 3), default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--env-steps", type=float, help="of a run at most; 1,000,000 in stage 1, 100 global steps in stage 3")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; call again to go on")
+    parser.add_argument("--out", type=Path, default=Path("seeds"))
+    args = parser.parse_args()
+    most = args.env_steps or {1: 1e6, 3: float("inf")}[args.stage]
+    runs = [Run(args.out / f"stage_{args.stage}_seed_{seed}", args.stage, seed, most) for seed in args.seeds]
+    waiting, running = [run for run in runs if run.env_steps() < run.last], []
+    cores = sorted(os.sched_getaffinity(0))[:ppo_dense.usable_cores()]
+    end = time.time() + 60 * args.minutes
+    progress = tqdm(total=sum(run.last for run in runs), unit="env step", unit_scale=True)
+    while (waiting or running) and time.time() < end:
+        while waiting and cores:
+            waiting[0].start(cores.pop())
+            running.append(waiting.pop(0))
+        time.sleep(1)
+        progress.update(sum(min(run.env_steps(), run.last) for run in runs) - progress.n)
+        for run in [run for run in running if run.ended()]:
+            running.remove(run)
+            cores.append(run.core)
+    progress.close()
+    for run in running:  # out of time: each ends its global step and saves a checkpoint
+        run.process.terminate()
+        run.process.wait()
+    curves = {run.seed: run.curve() for run in runs if run.curve()}
+    print(table(curves))
+    picture = args.out / f"stage_{args.stage}.png"
+    draw(curves, f"Stage {args.stage}, {len(curves)} seeds", picture)
+    print(f"\n{picture} shows all curves")
