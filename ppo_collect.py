@@ -88,7 +88,7 @@ class PPOArgs:
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
-    """Adam's step size, at first; None: 3e-4 on a GPU, 1e-3 on a CPU"""
+    """Adam's step size, at first; None: 3e-4 on a GPU, 5e-4 on a CPU"""
     anneal_lr: Optional[bool] = None
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: float = 0.8
@@ -97,8 +97,9 @@ class PPOArgs:
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2
     """PPO's clipping range (arXiv:1707.06347)"""
-    target_kl: float = 0.1
-    """an update ends after the epoch whose mean KL divergence (nats) exceeds this"""
+    target_kl: Optional[float] = None
+    """after the epoch whose mean KL divergence (nats) exceeds this, the rest of the update trains the critic alone; None: 0.1
+    on a GPU, 0.03 on a CPU"""
     eval_freq: int = 40
     """global steps between evaluations"""
     num_eval_envs: int = 128
@@ -143,8 +144,8 @@ class Args(FrameArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500), num_minibatches=(32, 8), learning_rate=(3e-4, 1e-3),
-                        anneal_lr=(False, True), meshes=("stock", "light"))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500), num_minibatches=(32, 8), learning_rate=(3e-4, 5e-4),
+                        anneal_lr=(False, True), target_kl=(0.1, 0.03), meshes=("stock", "light"))
 
 
 class FrameCollector:
@@ -272,7 +273,7 @@ def train(args: Args):
 
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
-    parameters = list(agent.parameters())
+    parameters, critic_parameters = list(agent.parameters()), list(agent.critic.parameters())
     optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
                                  fused=True)
     if checkpoint:
@@ -340,46 +341,53 @@ def train(args: Args):
         advantages = compute_gae(rewards, values, next_values, torch.zeros_like(dones), dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
-        # Update
+        # Update: the critic in every epoch, the policy until it has moved by --target-kl
         b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
         b_advantages, b_returns = advantages.flatten(), returns.flatten()
-        losses = torch.zeros(5, device=device)  # sums over minibatches, in the order of the names they are logged under
-        num_updates = 0
+        train_policy = True
+        value_losses, policy_losses = torch.zeros(1, device=device), torch.zeros(4, device=device)  # sums over minibatches
+        num_updates = num_policy_updates = 0
         for _epoch in range(args.update_epochs):
             epoch_kl = torch.zeros((), device=device)
             for mb_inds in torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches):
-                _, new_logprob, entropy = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
-                logratio = new_logprob - b_logprobs[mb_inds]
-                ratio = logratio.exp()
-                mb_advantages = b_advantages[mb_inds]
-                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-                policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
                 value_loss = 0.5 * ((agent.get_value(b_obs[mb_inds]) - b_returns[mb_inds]) ** 2).mean()
+                loss, trained = 0.5 * value_loss, critic_parameters
+                if train_policy:
+                    _, new_logprob, entropy = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
+                    logratio = new_logprob - b_logprobs[mb_inds]
+                    ratio = logratio.exp()
+                    mb_advantages = b_advantages[mb_inds]
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                    clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                    policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
+                    loss, trained = loss + policy_loss, parameters
+                    with torch.no_grad():
+                        approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+                        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                        policy_losses += torch.stack([policy_loss, entropy.mean(), approx_kl, clipfrac])
+                        epoch_kl += approx_kl
+                    num_policy_updates += 1
 
-                optimizer.zero_grad()
-                (policy_loss + 0.5 * value_loss).backward()
-                average_gradients(parameters)
-                nn.utils.clip_grad_norm_(parameters, 0.5)
+                optimizer.zero_grad()  # to None: where the policy is not trained, Adam must not move it on zeros
+                loss.backward()
+                average_gradients(trained)
+                nn.utils.clip_grad_norm_(trained, 0.5)
                 optimizer.step()
-
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    losses += torch.stack([value_loss, policy_loss, entropy.mean(), approx_kl, clipfrac])
-                    epoch_kl += approx_kl
+                value_losses += value_loss.detach()
                 num_updates += 1
-            if all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE) > args.target_kl:
-                break
+            if train_policy:
+                train_policy = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE) <= args.target_kl
         agent.update_normalization(obs)
 
         # Log
-        scalars = mean_losses(losses / num_updates, global_step, run_dir)
+        losses = [value_losses / num_updates] + [policy_losses / num_policy_updates] * (num_policy_updates > 0)
+        scalars = mean_losses(torch.cat(losses), global_step, run_dir)
         *finished, stopping = all_reduce_sum(torch.cat([finished, finished.new_tensor([len(stop_signals)])])).tolist()
         stopping = stopping or collector.share() == 1
         if RANK == 0:
             scalars |= {f"data/{label}": count for label, count in folder.counts.items()}
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
+            scalars["losses/policy_updates"] = num_policy_updates
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/env_steps"] = env_steps
@@ -865,7 +873,8 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
-    """Collective: the losses, in the order in which train sums them, averaged over the ranks. NaN ends the run."""
+    """Collective: the losses, in this order, averaged over the ranks; the first alone while no policy is trained. NaN ends the
+    run."""
     losses = (all_reduce_sum(losses.double()) / WORLD_SIZE).tolist()
     if not np.isfinite(losses).all():
         fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "

@@ -103,7 +103,7 @@ class PPOArgs:
     clip_coef: float = 0.2
     """PPO's clipping range (arXiv:1707.06347)"""
     target_kl: float = 0.1
-    """an update ends after the epoch whose mean KL divergence (nats) exceeds this"""
+    """after the epoch whose mean KL divergence (nats) exceeds this, the rest of the update trains the critic alone"""
     eval_freq: int = 40
     """global steps between evaluations"""
     num_eval_envs: int = 128
@@ -412,45 +412,48 @@ def train(args: Args):
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
-        # Update
+        # Update: the critic in every epoch, the policy until it has moved by --target-kl
         b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
         b_advantages, b_returns = advantages.flatten(), returns.flatten()
-        warming_up = global_step <= args.critic_warmup
-        losses = torch.zeros(5, device=device)  # sums over minibatches, in the order of the names they are logged under
-        num_updates = 0
+        train_policy = global_step > args.critic_warmup
+        value_losses, policy_losses = torch.zeros(1, device=device), torch.zeros(4, device=device)  # sums over minibatches
+        num_updates = num_policy_updates = 0
         for _epoch in range(args.update_epochs):
             epoch_kl = torch.zeros((), device=device)
             for mb_inds in torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches):
-                _, new_logprob, entropy = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
-                logratio = new_logprob - b_logprobs[mb_inds]
-                ratio = logratio.exp()
-                mb_advantages = b_advantages[mb_inds]
-                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-                policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
                 value_loss = 0.5 * ((agent.get_value(b_obs[mb_inds]) - b_returns[mb_inds]) ** 2).mean()
+                loss, trained = 0.5 * value_loss, critic_parameters
+                if train_policy:
+                    _, new_logprob, entropy = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
+                    logratio = new_logprob - b_logprobs[mb_inds]
+                    ratio = logratio.exp()
+                    mb_advantages = b_advantages[mb_inds]
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                    clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                    policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
+                    loss, trained = loss + policy_loss, parameters
+                    with torch.no_grad():
+                        approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+                        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                        policy_losses += torch.stack([policy_loss, entropy.mean(), approx_kl, clipfrac])
+                        epoch_kl += approx_kl
+                    num_policy_updates += 1
 
-                optimizer.zero_grad()
-                # While the critic warms up, the actor's gradients stay None, not zero: Adam moves on zeros.
-                (0.5 * value_loss if warming_up else policy_loss + 0.5 * value_loss).backward()
-                trained = critic_parameters if warming_up else parameters
+                optimizer.zero_grad()  # to None: where the policy is not trained, Adam must not move it on zeros
+                loss.backward()
                 average_gradients(trained)
                 nn.utils.clip_grad_norm_(trained, 0.5)
                 optimizer.step()
-
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    losses += torch.stack([value_loss, policy_loss, entropy.mean(), approx_kl, clipfrac])
-                    epoch_kl += approx_kl
+                value_losses += value_loss.detach()
                 num_updates += 1
-            if all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE) > args.target_kl:
-                break
-        if not warming_up:
+            if train_policy:
+                train_policy = all_reduce_sum(epoch_kl).item() / (args.num_minibatches * WORLD_SIZE) <= args.target_kl
+        if global_step > args.critic_warmup:
             agent.update_normalization(obs)
 
         # Log
-        scalars = mean_losses(losses / num_updates, global_step, run_dir)
+        losses = [value_losses / num_updates] + [policy_losses / num_policy_updates] * (num_policy_updates > 0)
+        scalars = mean_losses(torch.cat(losses), global_step, run_dir)
         sums = torch.cat([finished, audit, finished.new_tensor([len(stop_signals)])])
         *finished, tp, fp, fn, tn, at_goal, stopping = all_reduce_sum(sums).tolist()
         if RANK == 0:
@@ -459,6 +462,7 @@ def train(args: Args):
                 ("false_positive_rate", fp, fp + tn), ("precision_cube_at_goal", at_goal, tp + fp)) if b}
             scalars["reward_model/scored_frames"] = tp + fp + fn + tn
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
+            scalars["losses/policy_updates"] = num_policy_updates
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/env_steps"] = env_steps
@@ -946,7 +950,8 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
-    """Collective: the losses, in the order in which train sums them, averaged over the ranks. NaN ends the run."""
+    """Collective: the losses, in this order, averaged over the ranks; the first alone while no policy is trained. NaN ends the
+    run."""
     losses = (all_reduce_sum(losses.double()) / WORLD_SIZE).tolist()
     if not np.isfinite(losses).all():
         fail(f"the losses are no longer finite at global step {global_step}; continue from the last checkpoint with a "
