@@ -7,6 +7,7 @@ Every run is ppo_dense.py with the defaults of the stage's script, in one proces
 or with its last global step. Stopped and called again, the bench goes on where it was: its runs lie in --out, a folder each.
 """
 import argparse
+import dataclasses
 import os
 import re
 import statistics
@@ -40,9 +41,9 @@ def recipe(stage: int):
     global_step = ppo.num_envs * ppo.num_steps
     ppo.eval_freq = ppo.save_interval = EVAL_EVERY // global_step
     flags = []
-    for name, value in vars(ppo).items():
-        flag = name.replace("_", "-")
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    for field in dataclasses.fields(ppo):
+        flag, value = field.name.replace("_", "-"), getattr(ppo, field.name)
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if field.type is bool else [f"--{flag}", str(value)]
     return flags, ppo.num_iterations * global_step
 
 
@@ -68,8 +69,8 @@ class Run:
         begun = [file.parents[2] for file in self.folder.glob("*/checkpoints/*/checkpoint.pt")]
         resume = ["--resume-dir", str(max(begun))] if begun else []
         self.core = core
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(self.command + resume, stdout=log, stderr=subprocess.DEVNULL,
+        with open(self.log, "a") as log, open(self.folder / "errors.log", "w") as errors:
+            self.process = subprocess.Popen(self.command + resume, stdout=log, stderr=errors,
                                             preexec_fn=lambda: os.sched_setaffinity(0, [core]))
 
     def ended(self) -> bool:
@@ -77,7 +78,7 @@ class Run:
             self.process.terminate()
             self.process.wait()
         if self.process.poll():
-            sys.exit(f"exit code {self.process.returncode} of: {' '.join(self.command)}")
+            sys.exit(f"exit code {self.process.returncode}, see {self.folder / 'errors.log'}: {' '.join(self.command)}")
         return self.process.poll() is not None
 
 
