@@ -1,4 +1,4 @@
-"""Stage 3: train PPO on a task's dense reward and stop at global step 100; stage 4 goes on from there.
+"""Stage 3: train PPO on a task's dense reward and stop early; stage 4 goes on from there.
 
     writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
@@ -71,13 +71,13 @@ class RunArgs:
 @dataclass
 class PPOArgs:
     num_envs: Optional[int] = None
-    """parallel scenes of all ranks together; None: 1024 on a GPU, 256 on a CPU"""
+    """parallel scenes of all ranks together; None: 1024 on a GPU, 64 on a CPU"""
     num_steps: int = 50
     """steps of every scene in one rollout"""
-    num_iterations: int = 100
-    """global steps at most; one is a rollout and its update"""
-    num_minibatches: int = 32
-    """minibatches in an update epoch"""
+    num_iterations: Optional[int] = None
+    """global steps at most; one is a rollout and its update; None: 100 on a GPU, 200 on a CPU"""
+    num_minibatches: Optional[int] = None
+    """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU"""
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
@@ -108,7 +108,8 @@ class Args(PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(1024, 256), learning_rate=(3e-4, 5e-4), anneal_lr=(False, True), target_kl=(0.1, 0.03))
+GPU_CPU_DEFAULTS = dict(num_envs=(1024, 64), num_iterations=(100, 200), num_minibatches=(32, 8), learning_rate=(3e-4, 5e-4),
+                        anneal_lr=(False, True), target_kl=(0.1, 0.03))
 
 
 def layer_init(layer, std=2**0.5):

@@ -138,8 +138,8 @@ def test_usable_cores(tmp_path):
 
 def test_a_rank_has_sixteen_scenes_or_more(monkeypatch):
     monkeypatch.setattr(ppo_dense, "usable_cores", lambda: 64)
-    assert ppo_dense.check_args(ppo_dense.Args(cuda=False)) == 16  # of 256 scenes
-    assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=64)) == 4
+    assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=256)) == 16
+    assert ppo_dense.check_args(ppo_dense.Args(cuda=False)) == 4  # of 64 scenes
     assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=8)) == 1
     assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=64, num_procs=64)) == 64
 
