@@ -70,7 +70,7 @@ class RunArgs:
     log_dir: str = "logs"
     """parent of the runs' folders"""
     resume_dir: Optional[str] = None
-    """checkpoint folder or run folder (its newest checkpoint): this script's own is continued, another's starts a new run"""
+    """a checkpoint, or a run's folder (its newest one): this script's own is continued, another's starts a new run"""
     evaluate: bool = False
     """only evaluate the checkpoint in --resume-dir"""
 
@@ -98,8 +98,7 @@ class PPOArgs:
     clip_coef: float = 0.2
     """PPO's clipping range (arXiv:1707.06347)"""
     target_kl: Optional[float] = None
-    """after the epoch whose mean KL divergence (nats) exceeds this, the rest of the update trains the critic alone; None: 0.1
-    on a GPU, 0.03 on a CPU"""
+    """the policy's part of an update ends after the epoch whose mean KL divergence exceeds this; None: 0.1 GPU, 0.03 CPU"""
     eval_freq: int = 40
     """global steps between evaluations"""
     num_eval_envs: int = 128
