@@ -104,7 +104,8 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     for load in (ppo_resnet_reward.load_reward_model, train_reward_resnet.load_reward_model):
         loaded, contract = load(str(tmp_path / "reward_checkpoints"), torch.device("cpu"))
         assert contract["image_size"] == [3, 224, 224] and loaded.input_size == 112
-    out, err = run(tmp_path, "ppo_resnet_reward", *SMALL, "--resume-dir", str(file), "--reward-checkpoint", "reward_checkpoints")
+    _, err = run(tmp_path, "ppo_resnet_reward", *SMALL, "--resume-dir", str(file), "--reward-checkpoint",
+                 "reward_checkpoints")
     assert "without --resume-dir" not in err
     shutil.rmtree(tmp_path / "reward_checkpoints")
     _, err = run(tmp_path, "ppo_resnet_reward", *SMALL, "--oracle")
