@@ -84,7 +84,7 @@ if __name__ == "__main__":
     files = sorted(Path(options.data).glob("*/*.png"))[:1024]
     size = Image.open(files[0]).width
     full = RewardModel("resnet18", 256, size)
-    frames = load_frames(files, size, full, "decoding")
+    frames = load_frames(files, dict(image_size=[3, size, size]), full, "decoding")
 
     print(f"ResNet-18, batches of {BATCH}, {torch.get_num_threads()} threads, frames a second")
     print("  input  layout         precision  compiled  training  inference")
