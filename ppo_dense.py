@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,8 @@ class RunArgs:
     """ManiSkill controller of the arm, the same in all stages"""
     sim_backend: Literal["auto", "physx_cuda", "physx_cpu"] = "auto"
     """where the physics runs; auto: physx_cuda with a GPU, else physx_cpu"""
+    render_backend: Literal["auto", "sapien_cuda", "sapien_cpu"] = "auto"
+    """where pictures are drawn, and where the ResNet looks at them; auto: sapien_cuda with a GPU, else sapien_cpu"""
     num_procs: Optional[int] = None
     """ranks to start on a CPU; None: one a core, with 16 scenes or more each (a GPU run is one process; else use torchrun)"""
     log_dir: str = "logs"
@@ -162,7 +165,7 @@ class Agent(nn.Module):
         mean = self.get_mean_action(x)
         probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
         if action is None:
-            action = probs.sample()
+            action = mean + probs.scale * torch.randn_like(mean)  # probs.sample() makes the host wait for a GPU
         return action, probs.log_prob(action).sum(1), probs.entropy().sum(1)
 
 
@@ -189,7 +192,7 @@ def train(args: Args):
     torch.manual_seed(seed)
 
     # Scenes
-    args.capture_video = args.capture_video and has_renderer(args.sim_backend)
+    args.capture_video = args.capture_video and has_renderer(args.render_backend)
     eval_envs = make_envs(args, args.num_eval_envs // WORLD_SIZE, VIDEO_CAMERA if args.capture_video else None)
     envs = eval_envs if args.evaluate else make_envs(args, args.num_envs // WORLD_SIZE)
     num_envs, obs_dim, action_dim = envs.num_envs, envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
@@ -248,8 +251,8 @@ def train(args: Args):
             if len(done_idx):
                 finished += torch.stack([done, info["success"] & done, episode_len * done, episode_return * done]).sum(1)
                 current_obs, _ = envs.reset(options=dict(env_idx=done_idx))
-                episode_len[done_idx] = 0
-                episode_return[done_idx] = 0
+                episode_len *= ~done
+                episode_return *= ~done
         rollout_time = time.time() - iteration_time
 
         # Advantages
@@ -364,7 +367,8 @@ class NoMaterial(metaclass=type("", (type,), dict(__instancecheck__=lambda *_: T
         return lambda *_: None
 
 
-def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None, batched=False):
+def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, camera: Optional[dict] = None,
+              render_backend: str = "sapien_cpu", batched: bool = False):
     """A ManiSkill environment, with our render cameras instead of its own.
 
     `camera`: views, {name: dict(pose, fov)}, which share frames of width x height pixels from left to right, shader_pack, and
@@ -384,7 +388,7 @@ def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, c
 
     task, changes = find_task(env_id), dict(_default_human_render_camera_configs=property(cameras) if camera else [])
     options = dict(num_envs=num_envs, obs_mode="state", reward_mode="normalized_dense", control_mode=control_mode,
-                   sim_backend=sim_backend, render_backend=sim_backend.replace("physx", "sapien") if camera else "none")
+                   sim_backend=sim_backend, render_backend=render_backend if camera else "none")
     if batched:
         changes["_setup_scene"], options["reconfiguration_freq"] = PhysxCpuScenes.setup_scene, 0
     spec = EnvSpec(env_id, type(env_id, (task.cls,), changes), None, task.asset_download_ids, task.default_kwargs)
@@ -652,9 +656,10 @@ class ManiSkillEnvs(gym.Wrapper):
         for part in getattr(controller, "controllers", {}).values():
             if self.batched_cpu and hasattr(part, "kinematics"):
                 part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
-        for hidden in self.studio._hidden_objects if studio else ():  # once: on a GPU it moves them and re-applies all bodies
-            hidden.show_visual() if show_goal_site else hidden.hide_visual()
-        if studio:
+        if studio:  # for good: on a GPU ManiSkill hides things by moving them away, and cameras that are mounted on them too
+            for hidden in [] if show_goal_site else self.studio._hidden_objects:
+                for entity in hidden._objs:
+                    entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
             self.studio._hidden_objects.clear()
 
     def reset(self, seed=None, options: Optional[dict] = None):
@@ -690,21 +695,24 @@ class ManiSkillEnvs(gym.Wrapper):
                 entity.pose = sapien.Pose(pose[i, :3], pose[i, 3:])
             for art, pose, qpos in joints:
                 art.pose, art.qpos = sapien.Pose(pose[i, :3], pose[i, 3:]), qpos[i, :art.dof]
-            frames.append(self.studio.render_rgb_array())
+            frames.append(self.studio.render_rgb_array().clone())  # a GPU draws the next one into the same memory
         return torch.cat(frames)
 
 
 def make_envs(args, num_envs: int, camera: Optional[dict] = None, show_goal_site: bool = True):
     """This rank's scenes of `args.env_id`, with a camera or for states alone: on a CPU one, where it cannot have many."""
-    task = args.env_id, args.control_mode
+    task, render_backend = (args.env_id, args.control_mode), "sapien_cpu"
+    if args.render_backend == "sapien_cuda":
+        render_backend = f"sapien_{my_gpu()}"
     if args.sim_backend == "physx_cuda":
-        env = make_task(task[0], num_envs, task[1], f"physx_cuda:{os.environ.get('LOCAL_RANK', 0)}", camera)
+        env = make_task(task[0], num_envs, task[1], f"physx_{my_gpu()}", camera, render_backend)
         return ManiSkillEnvs(env, camera and env, show_goal_site)
     try:
         env = make_task(task[0], num_envs, task[1], "physx_cpu", batched=True)
         if camera and any(len(actor._objs) != num_envs for actor in env.unwrapped.scene.actors.values()):
             raise ValueError("its objects differ from scene to scene")
-        envs = ManiSkillEnvs(env, camera and make_task(task[0], 1, task[1], "physx_cpu", camera), show_goal_site)
+        envs = ManiSkillEnvs(env, camera and make_task(task[0], 1, task[1], "physx_cpu", camera, render_backend),
+                             show_goal_site)
         with torch.random.fork_rng(devices=[]):  # try what training will do
             _, info = envs.reset(seed=[0], options=dict(env_idx=torch.tensor([0])))
             envs.step(torch.zeros(num_envs, *envs.single_action_space.shape))
@@ -712,7 +720,7 @@ def make_envs(args, num_envs: int, camera: Optional[dict] = None, show_goal_site
         if RANK == 0:
             print(f"{SCRIPT}: warning: {' with '.join(task)} cannot be simulated as many scenes on a CPU "
                   f"({str(error).splitlines()[0][:80]}); each rank runs one, slowly", file=sys.stderr)
-        env = make_task(task[0], 1, task[1], "physx_cpu", camera)
+        env = make_task(task[0], 1, task[1], "physx_cpu", camera, render_backend)
         envs = ManiSkillEnvs(env, camera and env, show_goal_site)
         _, info = envs.reset(seed=0)
     if "success" not in info:
@@ -727,10 +735,10 @@ VIDEO_CAMERA = dict(views=dict(view=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807
                     width=224, height=224, shader_pack="minimal", meshes="light")
 
 
-def has_renderer(sim_backend: str) -> bool:
+def has_renderer(render_backend: str) -> bool:
     """Whether SAPIEN can draw here; if not, says so and what it needs."""
     try:
-        sapien.render.RenderSystem(sapien.Device("cuda" if sim_backend == "physx_cuda" else "cpu"))
+        sapien.render.RenderSystem(sapien.Device("cuda" if render_backend == "sapien_cuda" else "cpu"))
         return True
     except RuntimeError as error:
         if RANK == 0:
@@ -862,14 +870,18 @@ def start_ranks(num_procs: int) -> int:
         time.sleep(0.1)
 
 
+def my_gpu() -> torch.device:
+    """This rank's: ranks that simulate on the CPU may share one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
 def join_ranks(gpu: bool) -> torch.device:
     """Take this rank's GPU or share of the cores, and form the process group; a rank that loses another says so in a line."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
-    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    device = my_gpu() if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, usable_cores() // local_size))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE == 1:
         return device
     python_hook = sys.excepthook
@@ -1066,11 +1078,20 @@ def check_args(args) -> int:
     Returns:
         the number of ranks.
     """
-    if args.sim_backend == "auto":
-        args.sim_backend = "physx_cuda" if args.cuda and torch.cuda.is_available() else "physx_cpu"
+    for name, prefix in (("sim_backend", "physx"), ("render_backend", "sapien")):
+        if getattr(args, name) == "auto":
+            setattr(args, name, f"{prefix}_{'cuda' if args.cuda and torch.cuda.is_available() else 'cpu'}")
+        if getattr(args, name).endswith("cuda") and not torch.cuda.is_available():
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} needs an NVIDIA GPU and none was found; leave it out")
     gpu = args.sim_backend == "physx_cuda"
-    if gpu and not torch.cuda.is_available():
-        fail("--sim-backend physx_cuda needs an NVIDIA GPU and none was found; leave it out to simulate on the CPU")
+    if gpu and args.render_backend == "sapien_cpu":
+        fail("--render-backend sapien_cpu cannot draw what --sim-backend physx_cuda simulates; leave one of them out")
+    if gpu and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the other ranks wait for it when they join
+        try:
+            sapien.physx.enable_gpu()
+        except (OSError, zipfile.BadZipFile) as error:
+            fail(f"SAPIEN could not download PhysX's library for GPUs ({str(error)[:80]}); run python -c 'import sapien; "
+                 "sapien.physx.enable_gpu()' where there is a network, or simulate on the CPU: --sim-backend physx_cpu")
     for name, (gpu_default, cpu_default) in GPU_CPU_DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu_default if gpu else cpu_default)

@@ -318,6 +318,8 @@ def train(args: Args):
     train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
     train_frames = load_frames([files[i] for i in train_idx[RANK::WORLD_SIZE]], contract, model, "decoding")
     val_frames = load_frames([files[i] for i in val_idx[RANK::WORLD_SIZE]], contract, model, "decoding held-out")
+    if args.cuda and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:  # bytes free
+        train_frames = train_frames.to(device)
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
     train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
@@ -679,14 +681,18 @@ def start_ranks(num_procs: int) -> int:
         time.sleep(0.1)
 
 
+def my_gpu() -> torch.device:
+    """This rank's: ranks that simulate on the CPU may share one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
 def join_ranks(gpu: bool) -> torch.device:
     """Take this rank's GPU or share of the cores, and form the process group; a rank that loses another says so in a line."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
-    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    device = my_gpu() if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, usable_cores() // local_size))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))))
     if WORLD_SIZE == 1:
         return device
     python_hook = sys.excepthook
