@@ -133,6 +133,9 @@ class FrameArgs:
     """folder of the frames; frames already there are kept and counted"""
     image_size: int = 224
     """side of the square frames in pixels (stages 2 and 4 must match)"""
+    camera: Optional[Literal["goal", "workspace", "task"]] = None
+    """views of the frames: two that move with the goal, two that stand and see the workspace, as a robot could have them, or
+    the task's own camera of ManiSkill (stage 4 must match); None: goal where the task has a goal_site, else task"""
     show_goal_site: bool = True
     """show the green goal sphere in the frames (stage 4 must match)"""
     meshes: Optional[Literal["light", "stock"]] = None
@@ -155,12 +158,35 @@ class FrameCollector:
     """Chooses frames while the policy trains and photographs them; rank 0 files them once per global step."""
 
     def __init__(self, args: Args, contract: dict):
-        self.args, self.targets = args, dict(success=args.target_success, failure=args.target_failure)
+        self.args, self.contract = args, contract
+        self.targets = dict(success=args.target_success, failure=args.target_failure)
         self.folder = FrameFolder(args.save_dir, contract, self.targets, args.seed)
 
     def share(self) -> float:
         """Of the targets, in [0, 1]: the run is over at 1."""
         return min(min(self.folder.counts[label] / self.targets[label], 1.0) for label in LABELS)
+
+    def warn_of_unseen(self, envs):
+        """Before the first frame of a folder, say which of the task's objects our cameras hardly show: what is seen changes
+        pixels when it is moved by 3 cm. (Cameras that are mounted on the goal see the rest only when it comes near.)"""
+        from mani_skill.utils.structs import Pose
+
+        if sum(self.folder.counts.values()) or any("mount" in view for view in self.contract["camera"].values()):
+            return
+        idx, unseen = torch.arange(min(8, envs.num_envs), device=envs.device), []
+        envs.reset(seed=0)
+        before = envs.render_frames(idx).int()
+        for name, actor in envs.unwrapped.scene.actors.items():
+            drawn = envs.studio.scene.actors[name]._objs[0].find_component_by_type(sapien.render.RenderBodyComponent)
+            if actor.px_body_type != "static" and drawn:
+                pose = actor.pose.raw_pose.clone()
+                actor.pose = Pose.create(pose + pose.new_tensor([0, 0, 0.03, 0, 0, 0, 0]))
+                pixels = ((envs.render_frames(idx).int() - before).abs().amax(3) > 16).sum((1, 2))
+                actor.pose = Pose.create(pose)
+                unseen += [name] if pixels.median() < 20 else []
+        if unseen:
+            print(f"{SCRIPT}: warning: when an episode begins, the frames hardly show {', '.join(unseen)}; look at "
+                  f"{self.folder.dir / 'preview.png'} and try another --camera", file=sys.stderr)
 
     def photograph(self, envs, obs, info, done, global_step: int, env_steps: int, **counters):
         """Take the frames of this step that the sampling rates choose; to be called before finished scenes are reset.
@@ -273,6 +299,9 @@ def train(args: Args):
     envs = eval_envs if args.evaluate else make_envs(
         args, args.num_envs // WORLD_SIZE, frame_camera(contract), args.show_goal_site)
     num_envs, obs_dim, action_dim = envs.num_envs, envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    if RANK == 0 and collector:
+        collector.warn_of_unseen(envs)
 
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
@@ -866,8 +895,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         return
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, global_step)
-    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: "
-               + ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items()))
+    said = ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items())
     if video is not None:
         import imageio
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -878,6 +906,8 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
         image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
+        said += f", {path}"
+    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: {said}")
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
@@ -923,12 +953,13 @@ def contract_differences(theirs: dict, ours: dict):
 
 # ---------------------------------------------------------------------------------------------- frames
 
-# A frame shows the goal and what is around it from two sides, at right angles: one view cannot tell how deep the goal is
-# behind the cube. Seen from 45 degrees, fingers hide less of the cube than from the side. The cameras are mounted on the goal
-# and move with it (in a task without `goal_site` they stand still).
-CAMERA = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
-    left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
-    right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17))
+# Two views at right angles: one cannot tell how deep the goal is behind the cube. Those that are mounted on the goal, and move
+# with it, look from 45 degrees, where fingers hide less of the cube than from the side.
+CAMERAS = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
+    goal=dict(left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
+              right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17)),
+    workspace=dict(front=dict(pose=[1.2, 0.0, 0.42, 0.0, -0.09054, 0.0, 0.99589], fov=0.44),
+                   side=dict(pose=[0.0, 1.2, 0.42, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.44)))
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
            "is_obj_placed", "is_robot_static", "is_grasped")
 """of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the
@@ -942,8 +973,25 @@ def make_contract(args) -> dict:
     robot = inspect.signature(find_task(args.env_id).cls).parameters["robot_uids"].default
     return dict(format_version=2, env_id=args.env_id, robot=robot, control_mode=args.control_mode,
                 reward_render_mode=args.reward_render_mode, show_goal_site=args.show_goal_site,
-                image_size=[3, args.image_size, args.image_size], camera=CAMERA, shader="minimal", meshes=args.meshes,
-                mani_skill_version=mani_skill.__version__)
+                image_size=[3, args.image_size, args.image_size], camera=views(args.env_id, args.control_mode, args.camera),
+                shader="minimal", meshes=args.meshes, mani_skill_version=mani_skill.__version__)
+
+
+@functools.cache
+def views(env_id: str, control_mode: str, camera: Optional[str]) -> dict:
+    """{name: dict(pose, fov)} of --camera; what a task has, only its environment knows."""
+    env, task = make_task(env_id, 1, control_mode, "physx_cpu").unwrapped, find_task(env_id).cls
+    camera = camera or ("goal" if hasattr(env, "goal_site") else "task")
+    if camera == "goal" and not hasattr(env, "goal_site"):
+        fail(f"--env-id {env_id} has no goal_site for --camera goal to move with; take --camera task or workspace")
+    if camera != "task":
+        return CAMERAS[camera]
+    configs = task._default_human_render_camera_configs.fget(env)
+    configs = [config for config in (configs if isinstance(configs, list) else [configs]) if config.fov and not config.mount]
+    if not configs:
+        fail(f"--env-id {env_id} has no camera of its own with a field of view; take --camera workspace")
+    return {config.uid: dict(pose=config.pose.raw_pose[0].double().round(decimals=5).tolist(), fov=float(config.fov))
+            for config in configs}
 
 
 def frame_camera(contract: dict) -> dict:
@@ -1265,15 +1313,15 @@ def load_checkpoint(args):
     resume_dir = restarted_run(args) or args.resume_dir
     if not resume_dir:
         return None, None
-    folder, error = Path(resume_dir), "there is none"
-    folder = folder.parent if folder.is_file() else folder
-    steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
-    is_run = not (folder / "checkpoint.pt").exists()
-    for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
+    path, error = Path(resume_dir), "there is none"
+    steps = [folder for folder in path.glob("checkpoints/global_step_*") if folder.name[12:].isdigit()]
+    files = [file.resolve() for file in (path, path / "checkpoint.pt") if file.is_file()] or [
+        folder / "checkpoint.pt" for folder in sorted(steps, key=lambda folder: -int(folder.name[12:]))]
+    for file in files:
         try:
-            checkpoint = torch.load(candidate / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             if {"script", "agent", "optimizer", "global_step", "env_steps"} <= checkpoint.keys():
-                return checkpoint, candidate.parents[1]
+                return checkpoint, file.parents[2]
             error = "it was not written by this project"
         except Exception as e:  # torch.load raises many kinds of errors for damaged files
             error = str(e).strip().partition("\n")[0][:100]

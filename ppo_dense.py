@@ -780,8 +780,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         return
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, global_step)
-    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: "
-               + ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items()))
+    said = ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items())
     if video is not None:
         import imageio
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -792,6 +791,8 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
         image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
+        said += f", {path}"
+    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: {said}")
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
@@ -1005,15 +1006,15 @@ def load_checkpoint(args):
     resume_dir = restarted_run(args) or args.resume_dir
     if not resume_dir:
         return None, None
-    folder, error = Path(resume_dir), "there is none"
-    folder = folder.parent if folder.is_file() else folder
-    steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
-    is_run = not (folder / "checkpoint.pt").exists()
-    for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
+    path, error = Path(resume_dir), "there is none"
+    steps = [folder for folder in path.glob("checkpoints/global_step_*") if folder.name[12:].isdigit()]
+    files = [file.resolve() for file in (path, path / "checkpoint.pt") if file.is_file()] or [
+        folder / "checkpoint.pt" for folder in sorted(steps, key=lambda folder: -int(folder.name[12:]))]
+    for file in files:
         try:
-            checkpoint = torch.load(candidate / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             if {"script", "agent", "optimizer", "global_step", "env_steps"} <= checkpoint.keys():
-                return checkpoint, candidate.parents[1]
+                return checkpoint, file.parents[2]
             error = "it was not written by this project"
         except Exception as e:  # torch.load raises many kinds of errors for damaged files
             error = str(e).strip().partition("\n")[0][:100]

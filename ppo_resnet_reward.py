@@ -5,7 +5,7 @@
 
     python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_200
     torchrun --nproc-per-node=8 ppo_resnet_reward.py --resume-dir ...
-    python ppo_resnet_reward.py --resume-dir ... --ignore-terminations    # not even the ends of episodes are privileged
+    python ppo_resnet_reward.py --resume-dir ... --done-by resnet         # not even the ends of episodes are privileged
     python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes # frames to train the ResNet on again
 
 The reward is the function `resnet_reward`. The simulator's own verdict is used to end episodes and to audit the ResNet.
@@ -101,7 +101,7 @@ class PPOArgs:
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: Optional[float] = None
     """discount factor per step, nearer to 1 than in stage 3, since the reward comes only at the end; None: 0.95, or 0.99 with
-    --ignore-terminations, where the end is 50 steps away"""
+    --done-by time, where the end is 50 steps away"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2
@@ -132,6 +132,8 @@ class RewardArgs:
     """the reward is the probability itself"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
     """score only frames that end an episode (others earn 0), or every frame (must match the data)"""
+    camera: Optional[Literal["goal", "workspace", "task"]] = None
+    """views of the frames (must match the data, see stage 1); None: goal where the task has a goal_site, else task"""
     show_goal_site: bool = True
     """show the green goal sphere in the frames (must match the data)"""
     image_size: int = 224
@@ -140,8 +142,13 @@ class RewardArgs:
     """the robot's and the ground's (must match the data, see stage 1); None: stock on a GPU, light on a CPU"""
     critic_warmup: int = 10
     """global steps at first that train the critic alone: that of stage 3 expects another reward"""
+    done_by: Literal["simulator", "resnet", "time"] = "simulator"
+    """who ends an episode before its time is up: the simulator, when it sees success; the ResNet, when it calls a frame done,
+    as a robot would have to: then nothing of the simulator's verdict is left in training; or nobody"""
+    score_every: Optional[int] = None
+    """with --done-by resnet: steps of an episode between two frames that it looks at; None: 1 on a GPU, 5 on a CPU"""
     ignore_terminations: bool = False
-    """episodes last until their time is up, whether the simulator sees success or not"""
+    """the same as --done-by time"""
     oracle: bool = False
     """control experiment: the simulator's own success takes the place of the ResNet's verdict"""
     save_mistakes: Optional[str] = None
@@ -154,7 +161,7 @@ class Args(RewardArgs, PPOArgs, RunArgs):
 
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 360), num_minibatches=(32, 8), anneal_lr=(False, True),
-                        meshes=("stock", "light"))
+                        meshes=("stock", "light"), score_every=(1, 5))
 
 
 class RewardModel(nn.Module):
@@ -347,6 +354,7 @@ def train(args: Args):
     episode_id = RANK * num_envs + torch.arange(num_envs, device=device) + (mistakes.first_episode if mistakes else 0)
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_once = torch.zeros(num_envs, dtype=torch.bool, device=device)  # has succeeded at any step
+    steps_late = torch.zeros(num_envs, dtype=torch.int64, device=device)  # since then
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
 
@@ -361,29 +369,40 @@ def train(args: Args):
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
-        # True and false positives, false and true negatives; positives whose cube is at the goal, though the robot may move
-        audit = torch.zeros(5, dtype=torch.float64, device=device)
+        # True and false positives, false and true negatives; positives whose cube is at the goal, though the robot may move;
+        # positives in episodes that have succeeded by then, and how many steps ago
+        audit = torch.zeros(7, dtype=torch.float64, device=device)
         for step in range(args.num_steps):
             with torch.no_grad():
                 action, logprob, _ = agent.get_action_and_logprob(current_obs)
             obs[step], actions[step], logprobs[step] = current_obs, action, logprob
             current_obs, reward, terminated, truncated, info = envs.step(action)
-            done = truncated if args.ignore_terminations else terminated | truncated
-            done_idx = done.nonzero().squeeze(-1)
             env_steps += num_envs * WORLD_SIZE
             episode_len += 1
-            episode_once |= info["success"]
 
             # Reward: `scored` are the scenes that the ResNet looks at, `said` is whether it calls them done
-            scored = done_idx if args.reward_render_mode == "episode_end" else torch.arange(num_envs, device=device)
+            done = terminated | truncated if args.done_by == "simulator" else truncated
+            looked_at = done | (episode_len % args.score_every == 0) if args.done_by == "resnet" else done
+            looked_at = looked_at | (args.reward_render_mode == "always")
+            scored = looked_at.nonzero().squeeze(-1)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
-            said, success = probs > args.threshold, info["success"][scored]
-            at_goal = info["is_obj_placed" if "is_obj_placed" in info else "success"][scored]
-            audit += torch.stack([said & success, said & ~success, ~said & success, ~said & ~success, said & at_goal]).sum(1)
+            said = probs > args.threshold
+            if args.done_by == "resnet":
+                done = done.index_put((scored,), said | done[scored])
+            done_idx = done.nonzero().squeeze(-1)
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
             if args.reward_mode == "replace":  # an end that the ResNet calls done is one, else it would pay twice
-                terminal[step] = done if args.ignore_terminations else terminated
+                terminal[step] = dict(simulator=terminated, resnet=False, time=done)[args.done_by]
                 terminal[step, scored] |= said & done[scored]
+
+            # Audit by the simulator: of all frames scored, but with --done-by resnet of those that end an episode
+            steps_late += episode_once
+            episode_once |= info["success"]
+            success, counted = info["success"][scored], done[scored] | (args.done_by != "resnet")
+            at_goal = info["is_obj_placed" if "is_obj_placed" in info else "success"][scored]
+            counts = [said & success, said & ~success, ~said & success, ~said & ~success, said & at_goal,
+                      said & episode_once[scored], said * steps_late[scored]]
+            audit += (counted * torch.stack(counts)).sum(1)
 
             # Frames that it got wrong
             wrong = (said != success).nonzero().squeeze(-1)
@@ -401,6 +420,7 @@ def train(args: Args):
                 current_obs, _ = envs.reset(options=dict(env_idx=done_idx))
                 episode_id += num_envs * WORLD_SIZE * done
                 episode_once &= ~done
+                steps_late *= ~done
                 episode_len *= ~done
                 episode_return *= ~done
         if mistakes:
@@ -412,7 +432,7 @@ def train(args: Args):
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
         # Done is a true end, with nothing to bootstrap from, unless the dense reward is in: there, an end that is worth
         # nothing teaches avoidance. Where time is up, the value of the true last observation stands for what would follow,
-        # but with --ignore-terminations nothing does: the task is to be done when time is up.
+        # but with --done-by time nothing does: the task is to be done when time is up.
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 
@@ -459,11 +479,12 @@ def train(args: Args):
         losses = [value_losses / num_updates] + [policy_losses / num_policy_updates] * (num_policy_updates > 0)
         scalars = mean_losses(torch.cat(losses), global_step, run_dir)
         sums = torch.cat([finished, audit, finished.new_tensor([len(stop_signals)])])
-        *finished, tp, fp, fn, tn, at_goal, stopping = all_reduce_sum(sums).tolist()
+        *finished, tp, fp, fn, tn, at_goal, once, late, stopping = all_reduce_sum(sums).tolist()
         if RANK == 0:
             scalars |= {f"reward_model/{name}": a / b for name, a, b in (
                 ("accuracy", tp + tn, tp + fp + fn + tn), ("precision", tp, tp + fp), ("recall", tp, tp + fn),
-                ("false_positive_rate", fp, fp + tn), ("precision_cube_at_goal", at_goal, tp + fp)) if b}
+                ("false_positive_rate", fp, fp + tn), ("precision_cube_at_goal", at_goal, tp + fp),
+                ("steps_late", late, once)) if b}
             scalars["reward_model/scored_frames"] = tp + fp + fn + tn
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
             scalars["losses/policy_updates"] = num_policy_updates
@@ -944,8 +965,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         return
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, global_step)
-    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: "
-               + ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items()))
+    said = ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items())
     if video is not None:
         import imageio
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -956,6 +976,8 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
         image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
+        said += f", {path}"
+    tqdm.write(f"global step {global_step}, {env_steps:,} env steps: {said}")
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
@@ -1001,12 +1023,13 @@ def contract_differences(theirs: dict, ours: dict):
 
 # ---------------------------------------------------------------------------------------------- frames
 
-# A frame shows the goal and what is around it from two sides, at right angles: one view cannot tell how deep the goal is
-# behind the cube. Seen from 45 degrees, fingers hide less of the cube than from the side. The cameras are mounted on the goal
-# and move with it (in a task without `goal_site` they stand still).
-CAMERA = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
-    left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
-    right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17))
+# Two views at right angles: one cannot tell how deep the goal is behind the cube. Those that are mounted on the goal, and move
+# with it, look from 45 degrees, where fingers hide less of the cube than from the side.
+CAMERAS = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
+    goal=dict(left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
+              right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17)),
+    workspace=dict(front=dict(pose=[1.2, 0.0, 0.42, 0.0, -0.09054, 0.0, 0.99589], fov=0.44),
+                   side=dict(pose=[0.0, 1.2, 0.42, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.44)))
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
            "is_obj_placed", "is_robot_static", "is_grasped")
 """of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the
@@ -1020,8 +1043,25 @@ def make_contract(args) -> dict:
     robot = inspect.signature(find_task(args.env_id).cls).parameters["robot_uids"].default
     return dict(format_version=2, env_id=args.env_id, robot=robot, control_mode=args.control_mode,
                 reward_render_mode=args.reward_render_mode, show_goal_site=args.show_goal_site,
-                image_size=[3, args.image_size, args.image_size], camera=CAMERA, shader="minimal", meshes=args.meshes,
-                mani_skill_version=mani_skill.__version__)
+                image_size=[3, args.image_size, args.image_size], camera=views(args.env_id, args.control_mode, args.camera),
+                shader="minimal", meshes=args.meshes, mani_skill_version=mani_skill.__version__)
+
+
+@functools.cache
+def views(env_id: str, control_mode: str, camera: Optional[str]) -> dict:
+    """{name: dict(pose, fov)} of --camera; what a task has, only its environment knows."""
+    env, task = make_task(env_id, 1, control_mode, "physx_cpu").unwrapped, find_task(env_id).cls
+    camera = camera or ("goal" if hasattr(env, "goal_site") else "task")
+    if camera == "goal" and not hasattr(env, "goal_site"):
+        fail(f"--env-id {env_id} has no goal_site for --camera goal to move with; take --camera task or workspace")
+    if camera != "task":
+        return CAMERAS[camera]
+    configs = task._default_human_render_camera_configs.fget(env)
+    configs = [config for config in (configs if isinstance(configs, list) else [configs]) if config.fov and not config.mount]
+    if not configs:
+        fail(f"--env-id {env_id} has no camera of its own with a field of view; take --camera workspace")
+    return {config.uid: dict(pose=config.pose.raw_pose[0].double().round(decimals=5).tolist(), fov=float(config.fov))
+            for config in configs}
 
 
 def frame_camera(contract: dict) -> dict:
@@ -1367,15 +1407,15 @@ def load_checkpoint(args):
     resume_dir = restarted_run(args) or args.resume_dir
     if not resume_dir:
         return None, None
-    folder, error = Path(resume_dir), "there is none"
-    folder = folder.parent if folder.is_file() else folder
-    steps = [f for f in folder.glob("checkpoints/global_step_*") if f.name[12:].isdigit()]
-    is_run = not (folder / "checkpoint.pt").exists()
-    for candidate in sorted(steps, key=lambda f: -int(f.name[12:])) if is_run else [folder.resolve()]:
+    path, error = Path(resume_dir), "there is none"
+    steps = [folder for folder in path.glob("checkpoints/global_step_*") if folder.name[12:].isdigit()]
+    files = [file.resolve() for file in (path, path / "checkpoint.pt") if file.is_file()] or [
+        folder / "checkpoint.pt" for folder in sorted(steps, key=lambda folder: -int(folder.name[12:]))]
+    for file in files:
         try:
-            checkpoint = torch.load(candidate / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             if {"script", "agent", "optimizer", "global_step", "env_steps"} <= checkpoint.keys():
-                return checkpoint, candidate.parents[1]
+                return checkpoint, file.parents[2]
             error = "it was not written by this project"
         except Exception as e:  # torch.load raises many kinds of errors for damaged files
             error = str(e).strip().partition("\n")[0][:100]
@@ -1475,8 +1515,9 @@ def check_args(args) -> int:
 
 if __name__ == "__main__":
     args = parse_args()
+    args.done_by = "time" if args.ignore_terminations else args.done_by
     if args.gamma is None:
-        args.gamma = 0.99 if args.ignore_terminations else 0.95
+        args.gamma = 0.99 if args.done_by == "time" else 0.95
     num_ranks = check_args(args)
     matching_reward_model(args, make_contract(args))
     sys.exit(start_ranks(num_ranks) if num_ranks > 1 and "WORLD_SIZE" not in os.environ else train(args))

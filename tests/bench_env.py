@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ppo_collect import CAMERA, VIDEO_CAMERA, Agent, Args, make_envs, make_task  # noqa: E402
+from ppo_collect import CAMERAS, VIDEO_CAMERA, Agent, Args, make_envs, make_task  # noqa: E402
 
 POLICY = Path(__file__).with_name("policy.pt")
 TASK = "pd_joint_delta_pos", "physx_cpu"
@@ -135,7 +135,7 @@ def all_cores(num_envs, rounds):
 
 
 def rendering(frames=30):
-    views = {"frames of 224x224, two views": CAMERA, "one view of the whole scene": VIDEO_CAMERA["views"]}
+    views = {"frames of 224x224, two views": CAMERAS["goal"], "one view of the whole scene": VIDEO_CAMERA["views"]}
     frame = dict(width=224, height=224, shader_pack="minimal")
     envs = {(name, meshes): make("PickCube-v1", 1, dict(frame, views=view, meshes=meshes))
             for name, view in views.items() for meshes in ("light", "stock")}

@@ -17,7 +17,8 @@ from mani_skill.utils.sapien_utils import look_at
 from PIL import Image, ImageDraw
 from test_env import load_policy, make
 
-from ppo_collect import CAMERA, make_task
+from ppo_collect import CAMERAS as OURS
+from ppo_collect import make_task
 
 
 def looking(eye, target, fov, **mount):
@@ -27,12 +28,11 @@ def looking(eye, target, fov, **mount):
 CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0, 0.1], np.pi / 2),
            "ManiSkill's human render camera, 57 degrees": looking([0.6, 0.7, 0.6], [0, 0, 0.35], 1.0),
            "one view of the workspace, 29 degrees": looking([0.7, 0.4, 0.15], [0, 0, 0.17], 0.5),
-           "two views of the workspace, 25 degrees": dict(**looking([1.2, 0, 0.42], [0, 0, 0.2], 0.44),
-                                                          side=looking([0, 1.2, 0.42], [0, 0, 0.2], 0.44)["view"]),
+           "--camera workspace: two views of it, 25 degrees": OURS["workspace"],
            "two views that follow the goal, front and side, 15 degrees": dict(
                **looking([1.2, 0, 0.22], [0, 0, 0], 0.26, mount="goal_site"),
                side=looking([0, 1.2, 0.22], [0, 0, 0], 0.26, mount="goal_site")["view"]),
-           "ours: two views that follow the goal, from 45 degrees left and right": CAMERA}
+           "--camera goal: two views that follow the goal, from 45 degrees left and right": OURS["goal"]}
 DIRECTIONS = np.array([d for d in itertools.product((-1, 0, 1), repeat=3) if d > (0, 0, 0)], float)
 DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=1, keepdims=True)
 NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 24, 4, 200

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mani_skill.utils.sapien_utils import look_at
 from PIL import Image
 from test_env import CAMERA, ROOT, Pair, load_policy, make
 
 import ppo_collect
-from ppo_collect import FrameCollector, make_contract, make_task
+from ppo_collect import FrameCollector, frame_camera, make_contract, make_task
 
 Args = functools.partial(ppo_collect.Args, meshes="light")  # as on a CPU by default
 
@@ -45,7 +46,8 @@ def install_policy(tmp_path):
     fresh = torch.optim.Adam([dict(params=list(load_policy().parameters()), initial_lr=1e-6)], lr=1e-6)
     folder = tmp_path / "logs" / "trained" / "checkpoints" / "global_step_1"
     folder.mkdir(parents=True)
-    torch.save(dict(checkpoint, optimizer=fresh.state_dict(), global_step=1, env_steps=0), folder / "checkpoint.pt")
+    torch.save(dict(checkpoint, script="ppo_collect", optimizer=fresh.state_dict(), global_step=1, env_steps=0),
+               folder / "checkpoint.pt")
     return folder.parents[1]
 
 
@@ -137,6 +139,33 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
 
     drive(rebuild)
     assert sorted(seen) == sorted(row["file"] for row in rows)
+
+
+def test_cameras():
+    """--camera: as named, and by default what the task has."""
+    def views(**flags):
+        return make_contract(Args(**flags))["camera"]
+
+    assert views() == views(camera="goal") == ppo_collect.CAMERAS["goal"] != views(camera="workspace")
+    assert views(camera="workspace", env_id="PushCube-v1") == ppo_collect.CAMERAS["workspace"]
+    task, = views(env_id="PushCube-v1").values()
+    assert task == views(env_id="PushCube-v1", camera="task")["render_camera"] and task["fov"] == 1.0
+    assert look_at([0.6, 0.7, 0.6], [0, 0, 0.35]).raw_pose[0].tolist() == pytest.approx(task["pose"], abs=1e-5)
+
+
+def test_frames_that_do_not_show_the_task(tmp_path, capsys):
+    """A camera beside the scene is noticed before the first frame; the task's own is not, nor one that moves with the goal."""
+    def warning(**view):
+        args = Args(save_dir=str(tmp_path / f"data{len(list(tmp_path.iterdir()))}"), env_id="PushCube-v1", **view)
+        contract = make_contract(args)
+        if not view:
+            contract["camera"] = dict(aside=dict(pose=look_at([2, 2, 1], [3, 3, 0]).raw_pose[0].tolist(), fov=0.5))
+        FrameCollector(args, contract).warn_of_unseen(make(2, frame_camera(contract), env_id="PushCube-v1"))
+        return capsys.readouterr().err
+
+    aside = warning()
+    assert "the frames hardly show" in aside and "cube" in aside and "goal_region" in aside and "--camera" in aside
+    assert "hardly show" not in warning(camera="task")
 
 
 @pytest.mark.parametrize("rates, chosen", [
@@ -272,9 +301,14 @@ def test_a_task_that_cannot_be_batched(tmp_path):
     assert checkpoint["env_steps"] == 100
 
 
-def test_evaluate(tmp_path):
-    out, err = run(tmp_path, "--evaluate", "--resume-dir", install_policy(tmp_path), "--num-eval-envs", "32")
-    assert float(re.search(r"eval/success_once ([\d.]+)", out + err)[1]) >= 0.8
+@pytest.mark.parametrize("script", ["ppo_collect", "ppo_dense"])
+def test_evaluate(tmp_path, script):
+    """The shipped policy, as in the README's first command: how well it does, and a film."""
+    command = [sys.executable, ROOT / f"{script}.py", "--resume-dir", ROOT / "tests/policy.pt", "--evaluate",
+               "--num-eval-envs", "32"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    success, film = re.search(r"eval/success_once ([\d.]+), .*, (.*.mp4)", out).groups()
+    assert float(success) >= 0.8 and (tmp_path / film).stat().st_size > 1000
     assert not (tmp_path / "data").exists()
 
 
@@ -327,6 +361,7 @@ def file_for_folder(tmp_path):
     (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),
     (None, ["--env-id", "StackPyramid-v1"], "no dense reward"),
     (None, ["--control-mode", "by_hand", "--num-envs", "1", "--num-eval-envs", "1", "--num-procs", "1"], "by_hand"),
+    (None, ["--env-id", "PushCube-v1", "--camera", "goal", "--num-procs", "1"], "PushCube-v1 has no goal_site"),
     (None, ["--evaluate"], "--evaluate needs a checkpoint"),
     (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint could be read"),
     (pickled_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),

@@ -1,6 +1,6 @@
 """The environment of the PPO scripts against stock ManiSkill, number by number, on a CPU.
 
-policy.pt is a checkpoint of `python ppo_collect.py` without its optimizer; it grasps the cube, so that contacts are tested.
+policy.pt is a checkpoint of `python ppo_collect.py` without Adam's moments; it grasps the cube, so that contacts are tested.
 """
 import os
 import subprocess
@@ -19,7 +19,7 @@ import ppo_collect  # noqa: E402
 from ppo_collect import Agent, Args, compute_gae, make_envs  # noqa: E402
 
 TOLERANCE = 1e-6
-CAMERA = dict(views=ppo_collect.CAMERA, width=224, height=224, shader_pack="minimal", meshes="light")
+CAMERA = dict(views=ppo_collect.CAMERAS["goal"], width=224, height=224, shader_pack="minimal", meshes="light")
 
 
 def make(num_envs, camera=None, show_goal_site=True, env_id="PickCube-v1", control_mode="pd_joint_delta_pos"):
@@ -223,7 +223,7 @@ def frames_differ(env_id, views, seed, show_goal_site=True, **kwargs):
 
 @pytest.mark.parametrize("env_id, show_goal_site", [("PickCube-v1", True), ("PickCube-v1", False), ("PushCube-v1", True)])
 def test_frames_equal_the_stock_cameras(env_id, show_goal_site):
-    views = ppo_collect.CAMERA if env_id == "PickCube-v1" else ppo_collect.VIDEO_CAMERA["views"]
+    views = ppo_collect.CAMERAS["goal"] if env_id == "PickCube-v1" else ppo_collect.VIDEO_CAMERA["views"]
     pictures = frames_differ(env_id, views, 11, show_goal_site, meshes="stock")
     for ours, theirs in pictures:
         # The joints' last bit is lost when the studio is posed: a pixel or two on the edges of the robot may differ.

@@ -1,5 +1,6 @@
 """What people type: numbers out of range, paths that mean something else, two runs at once."""
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -160,3 +161,20 @@ def test_two_runs_at_once(tmp_path):
     alone = env_steps_per_s(start("alone"))
     both = [start("first"), start("second")]
     assert min(map(env_steps_per_s, both)) > 0.25 * alone
+
+
+def test_set_up_on_python_3_13(tmp_path):
+    """The README's two commands find a wheel of everything there: the first leaves ManiSkill, whose mplib has none,
+    to the second. Nothing else is installed."""
+    python = next(Path.home().glob(".pyenv/versions/3.13.*/bin/python"), None) or shutil.which("python3.13")
+    if python is None:
+        pytest.skip("this machine has no Python 3.13")
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    python, dry = str(tmp_path / "venv/bin/python"), dict(os.environ, PIP_DRY_RUN="1", PIP_NO_DEPS="1")
+    first = subprocess.run([python, "-m", "pip", "install", "-q", "--ignore-installed", "--report", tmp_path / "report.json",
+                            "-r", ROOT / "requirements.txt"], env=dry)
+    names = {package["metadata"]["name"] for package in json.loads((tmp_path / "report.json").read_text())["install"]}
+    assert first.returncode == 0 and "torch" in names and "mani_skill" not in names
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "mani_skill"], check=True)
+    script = subprocess.run(["bash", ROOT / "tests/install_cpu_renderer.sh", python], env=dry, capture_output=True, text=True)
+    assert script.returncode == 2 and "has no sapien" in script.stderr and "No matching" not in script.stderr, script.stderr

@@ -201,6 +201,41 @@ def test_nothing_follows_an_end_that_is_paid(tmp_path, flags, worth):
     assert (agent.get_value(obs) - worth).abs().max() < 0.45
 
 
+def test_nothing_privileged(tmp_path, monkeypatch):
+    """--done-by resnet: whatever the simulator says of success, reward and the end of an episode, the weights are the same."""
+    dense, model = dense_checkpoint(tmp_path), random_reward_model(tmp_path / "model.pt")
+    make_envs, noise = ppo_resnet_reward.make_envs, torch.Generator().manual_seed(0)
+
+    def make_lying_envs(*args):
+        envs = make_envs(*args)
+        step = envs.step
+
+        def lie(action):
+            obs, reward, terminated, truncated, info = step(action)
+            said = torch.rand(reward.shape, generator=noise) < 0.5
+            return obs, -reward, said, truncated, dict(info, success=said, is_obj_placed=~said)
+
+        envs.step = lie
+        return envs
+
+    def train(name):
+        args = Args(done_by="resnet", score_every=5, threshold=0.49, resume_dir=str(dense), reward_checkpoint=str(model),
+                    gamma=0.9, num_envs=4, num_steps=25, num_minibatches=2, num_iterations=2, num_eval_envs=2, critic_warmup=1,
+                    capture_video=False, sim_backend="physx_cpu", log_dir=str(tmp_path / name))
+        ppo_resnet_reward.train(args)
+        [run_dir] = (tmp_path / name).iterdir()
+        return torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)["agent"], scalars(run_dir)
+
+    honest, metrics = train("honest")
+    monkeypatch.setattr(ppo_resnet_reward, "make_envs", make_lying_envs)
+    lied_to, lied_metrics = train("lied_to")
+    assert 5 < metrics["env/episode_len"][2] < 50 and metrics["env/episode_len"] == lied_metrics["env/episode_len"]
+    assert metrics["reward_model/precision"] != lied_metrics["reward_model/precision"]
+    assert all(torch.equal(honest[name], lied_to[name]) for name in honest)
+    started = torch.load(dense / "checkpoint.pt", weights_only=True)["agent"]
+    assert not any(torch.equal(honest[name], started[name]) for name in ("actor_mean.0.weight", "critic.0.weight"))
+
+
 def test_ignore_terminations(tmp_path):
     """Episodes last their 50 steps, also those of a policy that succeeds."""
     run("ppo_resnet_reward", tmp_path, "--ignore-terminations", "--oracle", "--num-iterations", "1", "--resume-dir",
@@ -212,7 +247,7 @@ def test_ignore_terminations(tmp_path):
 @pytest.mark.parametrize("field, theirs", [
     ("env_id", "PushCube-v1"), ("robot", "xarm6"), ("control_mode", "pd_ee_delta_pose"), ("reward_render_mode", "always"),
     ("show_goal_site", False), ("image_size", [3, 112, 112]), ("shader", "rt"), ("format_version", 3), ("meshes", "stock"),
-    ("camera", dict(left=ppo_resnet_reward.CAMERA["left"]))])
+    ("camera", dict(left=ppo_resnet_reward.CAMERAS["goal"]["left"]))])
 def test_contract(tmp_path, field, theirs):
     model = random_reward_model(tmp_path / "model.pt", **{field: theirs})
     _, err = run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, code=2)
