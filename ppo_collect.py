@@ -1026,7 +1026,7 @@ class FrameFolder:
     """
 
     def __init__(self, path: str, contract: dict, targets: dict, seed: int = 0):
-        self.dir, self.targets, self.pending = Path(path), targets, []
+        self.dir, self.targets, self.pending, self.left_out = Path(path), targets, [], 0
         self.rows = {label: [] for label in LABELS}  # rank 0: rows[label][n - 1] describes <label>/<n>.png
         self.counts, self.first_episode = on_rank0(self._open, contract)
         self.rng, self.encoder = np.random.default_rng([seed, *self.counts.values()]), ThreadPoolExecutor(1)
@@ -1082,6 +1082,7 @@ class FrameFolder:
             rows = self.rows[row["label"]]
             number = len(rows) + 1
             if number > self.targets[row["label"]]:
+                self.left_out += 1
                 if row["label"] == "success":
                     continue
                 number = int(self.rng.integers(len(rows))) + 1

@@ -19,7 +19,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import random
 import shlex
@@ -151,6 +150,8 @@ class RewardArgs:
     """the same as --done-by time"""
     oracle: bool = False
     """control experiment: the simulator's own success takes the place of the ResNet's verdict"""
+    max_mistakes: int = 5000
+    """frames of each label that the folder of mistakes may hold: then failures replace random old ones"""
     save_mistakes: Optional[str] = None
     """folder for the frames that the ResNet got wrong, laid out as stage 1's: train on both with --data-path data <folder>"""
 
@@ -314,7 +315,7 @@ def train(args: Args):
         reward_model.to(my_gpu() if args.render_backend == "sapien_cuda" else device)
     mistakes, latest_mistakes = None, deque(maxlen=24)
     if args.save_mistakes and not args.evaluate:
-        mistakes = FrameFolder(args.save_mistakes, contract, dict.fromkeys(LABELS, math.inf))
+        mistakes = FrameFolder(args.save_mistakes, contract, dict.fromkeys(LABELS, args.max_mistakes), args.seed)
 
     # Scenes
     args.capture_video = args.capture_video and has_renderer(args.render_backend)
@@ -354,7 +355,8 @@ def train(args: Args):
     episode_id = RANK * num_envs + torch.arange(num_envs, device=device) + (mistakes.first_episode if mistakes else 0)
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_once = torch.zeros(num_envs, dtype=torch.bool, device=device)  # has succeeded at any step
-    steps_late = torch.zeros(num_envs, dtype=torch.int64, device=device)  # since then
+    episode_wrong = torch.zeros(num_envs, dtype=torch.bool, device=device)  # has a frame that the ResNet got wrong
+    steps_late = torch.zeros(num_envs, dtype=torch.int64, device=device)  # since its first success
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
 
@@ -404,9 +406,10 @@ def train(args: Args):
                       said & episode_once[scored], said * steps_late[scored]]
             audit += (counted * torch.stack(counts)).sum(1)
 
-            # Frames that it got wrong
-            wrong = (said != success).nonzero().squeeze(-1)
+            # Frames that it got wrong, one an episode: the next ones look the same
+            wrong = ((said != success) & ~episode_wrong[scored]).nonzero().squeeze(-1)
             if len(wrong) and not args.oracle:
+                episode_wrong[scored[wrong]] = True
                 rows = describe(scored[wrong], current_obs, info, done, args, global_step, env_steps,
                                 episode=episode_id, step=episode_len)
                 for frame, row in zip(frames[wrong].cpu().numpy(), rows):
@@ -420,6 +423,7 @@ def train(args: Args):
                 current_obs, _ = envs.reset(options=dict(env_idx=done_idx))
                 episode_id += num_envs * WORLD_SIZE * done
                 episode_once &= ~done
+                episode_wrong &= ~done
                 steps_late *= ~done
                 episode_len *= ~done
                 episode_return *= ~done
@@ -511,6 +515,8 @@ def train(args: Args):
         writer.close()
         print(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s in this process: "
               f"{run_dir / 'checkpoints' / f'global_step_{global_step}'}")
+        if mistakes:
+            print(f"{args.save_mistakes}: {sum(mistakes.counts.values())} mistakes; {mistakes.left_out} did not fit")
         if global_step < args.num_iterations:
             print(f"To go on: {command_to_go_on(run_dir)}")
 
@@ -1096,7 +1102,7 @@ class FrameFolder:
     """
 
     def __init__(self, path: str, contract: dict, targets: dict, seed: int = 0):
-        self.dir, self.targets, self.pending = Path(path), targets, []
+        self.dir, self.targets, self.pending, self.left_out = Path(path), targets, [], 0
         self.rows = {label: [] for label in LABELS}  # rank 0: rows[label][n - 1] describes <label>/<n>.png
         self.counts, self.first_episode = on_rank0(self._open, contract)
         self.rng, self.encoder = np.random.default_rng([seed, *self.counts.values()]), ThreadPoolExecutor(1)
@@ -1152,6 +1158,7 @@ class FrameFolder:
             rows = self.rows[row["label"]]
             number = len(rows) + 1
             if number > self.targets[row["label"]]:
+                self.left_out += 1
                 if row["label"] == "success":
                     continue
                 number = int(self.rng.integers(len(rows))) + 1

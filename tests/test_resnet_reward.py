@@ -142,19 +142,21 @@ def test_stage_4_renders_final_frames_only(tmp_path):
         out, _ = run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint",
                      checkpoint, "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
                      "--threshold", "1.0", "--reward-render-mode", mode, "--log-dir", mode,
-                     "--save-mistakes", tmp_path / f"mistakes-{mode}", before=count)
+                     "--save-mistakes", tmp_path / f"mistakes-{mode}", "--max-mistakes", "3" if mode == "always" else "99",
+                     before=count)
         pictures = int(out.rpartition("pictures ")[2])
         metrics = scalars(next((tmp_path / mode).glob("*-ppo_resnet_reward")))
         scored = sum(metrics["reward_model/scored_frames"].values())
         assert pictures == scored and (scored == 200 if mode == "always" else 8 <= scored < 60)
         assert metrics["env/success_once"].keys() == metrics["reward_model/accuracy"].keys()
 
-        # The mistakes are laid out as stage 1's data, and stage 2 reads them
+        # The mistakes are laid out as stage 1's data, and stage 2 reads them; the folder does not grow beyond its bound
         with open(tmp_path / f"mistakes-{mode}/index.csv") as f:
             rows = list(csv.DictReader(f))
         wrong = sum((1 - metrics["reward_model/accuracy"][step]) * metrics["reward_model/scored_frames"][step]
                     for step in metrics["reward_model/accuracy"])
-        assert len(rows) == round(wrong) > 0
+        assert len(rows) == (3 if mode == "always" else round(wrong)) > 0
+        assert f"{len(rows)} mistakes; {round(wrong) - len(rows)} did not fit" in out and (mode != "always" or wrong > 3)
         for row in rows:
             with Image.open(tmp_path / f"mistakes-{mode}" / row["file"]) as image:
                 inside = json.loads(image.text["row"])
@@ -219,7 +221,7 @@ def test_nothing_privileged(tmp_path, monkeypatch):
         return envs
 
     def train(name):
-        args = Args(done_by="resnet", score_every=5, threshold=0.49, resume_dir=str(dense), reward_checkpoint=str(model),
+        args = Args(done_by="resnet", score_every=5, threshold=0.515, resume_dir=str(dense), reward_checkpoint=str(model),
                     gamma=0.9, num_envs=4, num_steps=25, num_minibatches=2, num_iterations=2, num_eval_envs=2, critic_warmup=1,
                     capture_video=False, sim_backend="physx_cpu", log_dir=str(tmp_path / name))
         ppo_resnet_reward.train(args)
