@@ -8,7 +8,7 @@
     python ppo_resnet_reward.py --resume-dir ... --done-by resnet         # not even the ends of episodes are privileged
     python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes # frames to train the ResNet on again
 
-The reward is the function `resnet_reward`. The simulator's own verdict is used to end episodes and to audit the ResNet.
+The reward is the function `resnet_reward`. The simulator's verdict ends episodes (but see --done-by) and audits the ResNet.
 """
 import atexit
 import contextlib
