@@ -1522,6 +1522,8 @@ def check_args(args) -> int:
 
 if __name__ == "__main__":
     args = parse_args()
+    if args.ignore_terminations and args.done_by == "resnet":
+        fail("--ignore-terminations and --done-by resnet exclude each other; take one of them")
     args.done_by = "time" if args.ignore_terminations else args.done_by
     if args.gamma is None:
         args.gamma = 0.99 if args.done_by == "time" else 0.95
