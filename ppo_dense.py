@@ -19,7 +19,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 import zipfile
@@ -823,6 +822,8 @@ def fail(message: str):
     """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
     if RANK == 0:
         print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # for rank 0 to say why: the first rank that fails ends all
     sys.exit(2)
 
 
@@ -845,30 +846,38 @@ def usable_cores(cgroup: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
     return cores
 
 
-def start_ranks(num_procs: int) -> int:
-    """Run this very command once per rank with torchrun's variables set; returns 0 or the first exit code that is not 0."""
-    def die_with_parent():
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
+def start_ranks(num_procs: int):
+    """Fork a process per rank, with torchrun's variables set. Only the ranks return: this process ends with the last of them,
+    or ends them once one has failed, and its exit code is the first that is not 0."""
+    global RANK, WORLD_SIZE, LAUNCHER
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        env = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
-                   WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
-    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
-                              preexec_fn=die_with_parent) for r in range(num_procs)]
+        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
+                           WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
+    sys.stdout.flush()
+    running = []
+    for rank in range(num_procs):
+        pid = os.fork()  # a rank that imports everything again would take seconds, and more memory
+        if pid == 0:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            if torch.cuda.is_available():  # CUDA does not survive a fork
+                os.execv(sys.executable, [sys.executable, *sys.argv])
+            RANK, WORLD_SIZE, LAUNCHER = rank, num_procs, f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"
+            return
+        running.append(pid)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: [rank.send_signal(signum) for rank in ranks])
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code]
-        if failed or None not in codes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                ranks[0].wait(10 if failed == [2] else 0)  # of all ranks that fail(), only 0 says why
-            for rank in ranks:
-                rank.kill()
-            return abs(failed[0]) if failed else 0
-        time.sleep(0.1)
+        signal.signal(signum, lambda signum, _: [os.kill(pid, signum) for pid in running])
+    code = 0
+    while running:
+        pid, status = os.wait()
+        running.remove(pid)
+        code = code or abs(os.waitstatus_to_exitcode(status))
+        if code:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+    sys.exit(code)
 
 
 def my_gpu() -> torch.device:
@@ -1113,6 +1122,9 @@ def check_args(args) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # until join_ranks: a process with threads cannot be forked
     args = parse_args()
     num_ranks = check_args(args)
-    sys.exit(start_ranks(num_ranks) if num_ranks > 1 and "WORLD_SIZE" not in os.environ else train(args))
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        start_ranks(num_ranks)
+    train(args)
