@@ -3,10 +3,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sapien
 import torch
 from test_env import CAMERA, load_policy, make
 
 from ppo_collect import Args, FrameCollector, make_contract
+
+
+@pytest.fixture(scope="session", autouse=True)
+def renderer():
+    """Once its last user is gone, SAPIEN closes its renderer, and takes 6 s to set up another."""
+    yield sapien.render.RenderSystem(sapien.Device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ import csv
 import functools
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -15,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_script
 import torch
 from mani_skill.utils.sapien_utils import look_at
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_env import CAMERA, ROOT, Pair, load_policy, make
 
 import ppo_collect
@@ -28,16 +29,8 @@ Args = functools.partial(ppo_collect.Args, meshes="light")  # as on a CPU by def
 SMALL = ["--num-eval-envs", "2", "--no-capture-video"]
 
 
-def start(cwd, *args, env=None):
-    return subprocess.Popen([sys.executable, str(ROOT / "ppo_collect.py"), *SMALL, *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, **(env or {})))
-
-
-def run(cwd, *args, code=0, env=None):
-    process = start(cwd, *args, env=env)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
+def run(cwd, *args, code=0):
+    return run_script.run("ppo_collect", cwd, *SMALL, *args, code=code)
 
 
 def install_policy(tmp_path):
@@ -238,17 +231,14 @@ def test_two_ranks_and_the_same_seed(tmp_path):
     command = ["--num-envs", "16", "--num-steps", "25", "--num-iterations", "5", "--target-success", "12",
                "--target-failure", "15", "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
     digests = []
-    for name in ("a", "b", "torchrun"):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    two = ("--num-procs", "2")
+    for name, launcher, flags in (("a", (), two), ("b", (), two), ("torchrun", torchrun, ())):
         cwd = tmp_path / name
         cwd.mkdir()
-        run_dir = install_policy(cwd)
-        if name == "torchrun":
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                            str(ROOT / "ppo_collect.py"), *SMALL, *command, "--resume-dir", str(run_dir)], cwd=cwd, check=True,
-                           capture_output=True, timeout=300)
-        else:
-            out, _ = run(cwd, *command, "--num-procs", "2", "--resume-dir", run_dir)
-            assert "12 success and 15 failure frames" in out
+        out, _ = run_script.run_process("ppo_collect", cwd, *SMALL, *command, *flags, "--resume-dir", install_policy(cwd),
+                                        launcher=launcher)
+        assert "12 success and 15 failure frames" in out
         check_folder(cwd / "data", 12, 15)
         assert (cwd / "data" / "preview.png").stat().st_size > 10_000
         digests.append(digest(cwd / "data"))
@@ -260,7 +250,7 @@ def test_interrupted_and_resumed(tmp_path):
     run_dir = install_policy(tmp_path)
     command = ["--num-envs", "16", "--num-steps", "25", "--target-success", "14", "--target-failure", "500",
                "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
-    process = start(tmp_path, *command, "--num-procs", "2", "--resume-dir", run_dir)
+    process = run_script.start("ppo_collect", tmp_path, *SMALL, *command, "--num-procs", "2", "--resume-dir", run_dir)
     deadline = time.time() + 120
     while not list(tmp_path.glob("data/success/*.png")) and time.time() < deadline:
         time.sleep(0.2)
@@ -268,8 +258,8 @@ def test_interrupted_and_resumed(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     to_go_on = re.search(r"To go on: (.*)", out)[1]
-    assert to_go_on == shlex.join(["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir",
-                                   str(run_dir)]) and "Traceback" not in err
+    assert "Traceback" not in err and to_go_on == shlex.join(
+        ["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir", str(run_dir)])
     first = digest(tmp_path / "data")
     step = max(int(p.name.rpartition("_")[2]) for p in run_dir.glob("checkpoints/*"))
     assert step > 1
@@ -282,12 +272,13 @@ def test_interrupted_and_resumed(tmp_path):
 
 def test_another_task(tmp_path):
     """Many scenes of it; a reward model of its frames would know whose they are."""
-    run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "6", "--num-procs", "1", "--num-iterations", "2",
+    _, err = run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "6", "--num-procs", "1", "--num-iterations", "2",
         "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.05", "--capture-video")
     assert sorted(p.name for p in (tmp_path / "data/failure").iterdir()) == [f"000{n}.png" for n in range(1, 6)]
     contract = json.loads((tmp_path / "data/metadata.json").read_text())
     assert contract["env_id"] == "PushCube-v1" and contract["meshes"] == "light"
-    assert next(tmp_path.glob("logs/*/videos/global_step_2.mp4")).stat().st_size > 1000
+    films = list(tmp_path.glob("logs/*/videos/global_step_2.mp4"))
+    assert films and films[0].stat().st_size > 1000, err
     assert "--env-id PushCube-v1" in json.loads(next(tmp_path.glob("logs/*/args.json")).read_text())["command"]
 
 
@@ -304,12 +295,14 @@ def test_a_task_that_cannot_be_batched(tmp_path):
 @pytest.mark.parametrize("script", ["ppo_collect", "ppo_dense"])
 def test_evaluate(tmp_path, script):
     """The shipped policy, as in the README's first command: how well it does, and a film."""
-    command = [sys.executable, ROOT / f"{script}.py", "--resume-dir", ROOT / "tests/policy.pt", "--evaluate",
-               "--num-eval-envs", "32"]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    out, _ = run_script.run_process(script, tmp_path, "--resume-dir", ROOT / "tests/policy.pt", "--evaluate",
+                                    "--num-eval-envs", "32")
     success, film = re.search(r"eval/success_once ([\d.]+), .*, (.*.mp4)", out).groups()
     assert float(success) >= 0.8 and (tmp_path / film).stat().st_size > 1000
     assert not (tmp_path / "data").exists()
+    events = EventAccumulator(str((tmp_path / film).parents[1]))
+    events.Reload()
+    assert events.Scalars("eval/success_once")[0].value == pytest.approx(float(success), abs=1e-3)
 
 
 def broken_metadata(tmp_path):
@@ -366,11 +359,11 @@ def file_for_folder(tmp_path):
     (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint could be read"),
     (pickled_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),
     (truncated_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),
-    (broken_metadata, [], "metadata.json is not a JSON object"),
-    (other_metadata, [], "image_size is [3, 64, 64] there and [3, 224, 224] here"),
-    (frames_without_metadata, [], "no metadata.json"),
-    (foreign_frame, [], "failure/0001.png is not a frame"),
-    (file_for_folder, [], "data"),
+    (broken_metadata, ["--num-procs", "1"], "metadata.json is not a JSON object"),
+    (other_metadata, ["--num-procs", "1"], "image_size is [3, 64, 64] there and [3, 224, 224] here"),
+    (frames_without_metadata, ["--num-procs", "1"], "no metadata.json"),
+    (foreign_frame, ["--num-procs", "1"], "failure/0001.png is not a frame"),
+    (file_for_folder, ["--num-procs", "1"], "data"),
 ])
 def test_bad_input(tmp_path, prepare, args, says):
     """One line that says what is wrong, exit code 2, no traceback."""
@@ -384,8 +377,8 @@ def test_bad_input(tmp_path, prepare, args, says):
 
 def test_no_vulkan_device(tmp_path):
     nowhere = dict(VK_DRIVER_FILES="/nonexistent.json", VK_ICD_FILENAMES="/nonexistent.json")
-    out, err = run(tmp_path, "--num-envs", "2", code=2, env=nowhere)
-    assert "bash tests/install_cpu_renderer.sh" in err and "Traceback" not in err
+    _, err = run_script.run_process("ppo_collect", tmp_path, *SMALL, "--num-envs", "2", code=2, env=nowhere)
+    assert "bash tests/install_cpu_renderer.sh" in err
 
 
 def test_full_disk(tmp_path):
@@ -407,6 +400,6 @@ def test_full_disk(tmp_path):
 
 
 def test_help_names_every_flag():
-    help_text = subprocess.run([sys.executable, str(ROOT / "ppo_collect.py"), "--help"], capture_output=True, text=True).stdout
+    help_text, _ = run_script.run("ppo_collect", ".", "--help")
     for name in ppo_collect.Args.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in help_text

@@ -5,15 +5,14 @@ policy.pt is a checkpoint of `python ppo_collect.py` without Adam's moments; it 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401
 import numpy as np
 import pytest
 import torch
+from run_script import ROOT
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import ppo_collect  # noqa: E402
 from ppo_collect import Agent, Args, compute_gae, make_envs  # noqa: E402

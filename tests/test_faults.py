@@ -20,19 +20,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_script import ROOT, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_collect import check_folder, install_policy
-from test_env import ROOT
 from test_resnet_reward import dense_checkpoint, random_reward_model
 
 KILLS = int(os.environ.get("FAULT_KILLS", 3))
 PPO = ["--num-procs", "2", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "2", "--num-steps", "25",
        "--learning-rate", "1e-6", "--save-interval", "1", "--eval-freq", "1000", "--no-capture-video"]
-
-
-def start(script, cwd, *args, launcher=(), env=None):
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / f"{script}.py"), *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, **(env or {})))
 
 
 def ranks_of(process):
@@ -48,9 +43,9 @@ def ranks_of(process):
 
 
 def kill_and_resume(rng, folder, begin, resume, has_begun):
-    """Start with `begin()`, or `resume()` once `has_begun()`, and kill -9 the launcher or a rank at a random moment; KILLS
-    times, two in three of them while it trains, soon after it has written a checkpoint in `folder`, the others while it starts.
-    Nothing may survive the kill. Ends with a run that completes."""
+    """Start with `begin()`, or `resume()` once `has_begun()`, and kill -9 the launcher or a rank at a random moment;
+    KILLS times, two in three of them while it trains, soon after it has written a checkpoint in `folder`, the others while it
+    starts. Nothing may survive the kill. Ends with a run that completes."""
     def checkpoints():
         return {(f, f.stat().st_mtime_ns) for f in folder.glob("**/*.pt")}
 
@@ -108,8 +103,8 @@ def test_kill_stage_1(tmp_path, seed):
             "--resume-dir", run_dir]
     iterations = 10 + 12 * KILLS
     seen, step = set(), 1
-    for _ in kill_and_resume(rng, tmp_path, None, lambda: start("ppo_collect", tmp_path, *args, "--num-iterations", iterations),
-                             lambda: True):
+    args += ["--num-iterations", iterations]
+    for _ in kill_and_resume(rng, tmp_path, None, lambda: start("ppo_collect", tmp_path, *args), lambda: True):
         now = digests(frames_dir, "*/*.png")
         assert seen <= now, f"a frame was lost (seed {seed})"
         for file in frames_dir.glob("*/*.png"):
@@ -339,9 +334,8 @@ def test_fuzzed_checkpoints_of_ppo(tmp_path):
 def test_a_moved_frame_is_noticed(data, tmp_path):
     """A success put in the place of the failure of the same number: the frame itself knows better than its folder."""
     shutil.copy(data / "success/0002.png", data / "failure/0002.png")
-    process = start("train_reward_resnet", tmp_path, "--num-procs", "1", "--epochs", "1")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "failure/0002.png was collected as a success" in err and "Traceback" not in err
+    _, err = run("train_reward_resnet", tmp_path, "--num-procs", "1", "--epochs", "1", code=2)
+    assert "failure/0002.png was collected as a success" in err
 
 
 def test_odd_folders(data, tmp_path):
@@ -351,13 +345,11 @@ def test_odd_folders(data, tmp_path):
     shutil.move(data, odd / "the data")
     os.symlink(odd / "the data", tmp_path / "link")
     args = ["--num-procs", "1", "--epochs", "1", "--input-size", "32", "--data-path", "link", "--log-dir", "my logs"]
-    process = start("train_reward_resnet", tmp_path, *args, "--save-dir", "my model")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and (tmp_path / "my model/best_model.pt").exists(), err
+    run("train_reward_resnet", tmp_path, *args, "--save-dir", "my model")
+    assert (tmp_path / "my model/best_model.pt").exists()
     (tmp_path / "taken").write_text("a file")
-    process = start("train_reward_resnet", tmp_path, *args, "--save-dir", "taken/here")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Not a directory" in err and "Traceback" not in err
+    _, err = run("train_reward_resnet", tmp_path, *args, "--save-dir", "taken/here", code=2)
+    assert "Not a directory" in err
 
 
 def test_read_only_data(data, tmp_path):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_script import ROOT, run
+from run_script import start as start_process
 
 import ppo_collect
 import ppo_dense
 import ppo_resnet_reward
 import train_reward_resnet
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = {module.__name__: module for module in (ppo_collect, train_reward_resnet, ppo_dense, ppo_resnet_reward)}
 SMALL = ["--num-envs", "4", "--num-eval-envs", "4", "--num-steps", "10", "--num-minibatches", "2", "--num-procs", "1",
          "--num-iterations", "1", "--no-capture-video"]
@@ -62,18 +63,11 @@ def test_ranges_are_of_flags_and_hold_the_defaults(script, monkeypatch):
     assert set(module.RANGES) <= {name for other in SCRIPTS.values() for name, _ in numbers(other)}
 
 
-def run(cwd, script, *args, code=0, **more):
-    process = subprocess.run([sys.executable, ROOT / f"{script}.py", *args], cwd=cwd, capture_output=True, text=True,
-                             timeout=300, **more)
-    assert process.returncode == code and "Traceback" not in process.stderr, process.stderr[-2000:]
-    return process.stdout, process.stderr
-
-
 @pytest.mark.parametrize("script, flags", [
     ("ppo_dense", ["--seed", "-1"]), ("ppo_collect", ["--learning-rate", "nan"]), ("ppo_dense", ["--learning-rate", "-1"]),
     ("train_reward_resnet", ["--lr", "inf"])])
 def test_a_number_out_of_range_is_refused_before_anything_is_done(tmp_path, script, flags):
-    _, err = run(tmp_path, script, *flags, code=2)
+    _, err = run(script, tmp_path, *flags, code=2)
     assert err.splitlines()[-1].startswith(f"{script}: error: {flags[0]} ") and not list(tmp_path.iterdir())
 
 
@@ -93,7 +87,7 @@ def test_two_runs_of_the_same_second(tmp_path, monkeypatch):
 
 def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     """--resume-dir takes a checkpoint's file, --reward-checkpoint and stage 2's --evaluate the folder of a reward model."""
-    run(tmp_path, "ppo_dense", *SMALL)
+    run("ppo_dense", tmp_path, *SMALL)
     [file] = tmp_path.glob("logs/*-ppo_dense/checkpoints/global_step_1/checkpoint.pt")
     args = ppo_dense.Args(resume_dir=str(file))
     assert ppo_dense.load_checkpoint(args)[1] == file.parents[2]
@@ -105,11 +99,11 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     for load in (ppo_resnet_reward.load_reward_model, train_reward_resnet.load_reward_model):
         loaded, contract = load(str(tmp_path / "reward_checkpoints"), torch.device("cpu"))
         assert contract["image_size"] == [3, 224, 224] and loaded.input_size == 112
-    _, err = run(tmp_path, "ppo_resnet_reward", *SMALL, "--resume-dir", str(file), "--reward-checkpoint",
+    _, err = run("ppo_resnet_reward", tmp_path, *SMALL, "--resume-dir", str(file), "--reward-checkpoint",
                  "reward_checkpoints")
     assert "without --resume-dir" not in err
     shutil.rmtree(tmp_path / "reward_checkpoints")
-    _, err = run(tmp_path, "ppo_resnet_reward", *SMALL, "--oracle")
+    _, err = run("ppo_resnet_reward", tmp_path, *SMALL, "--oracle")
     assert err.count("warning: without --resume-dir the policy starts from nothing") == 1
 
 
@@ -149,9 +143,8 @@ def test_a_rank_has_sixteen_scenes_or_more(monkeypatch):
 def test_two_runs_at_once(tmp_path):
     """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin."""
     def start(name):
-        return subprocess.Popen([sys.executable, ROOT / "ppo_dense.py", *SMALL, "--num-envs", "32", "--num-steps", "50",
-                                 "--num-minibatches", "8", "--num-iterations", "6", "--exp-name", name], cwd=tmp_path,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return start_process("ppo_dense", tmp_path, *SMALL, "--num-envs", "32", "--num-steps", "50", "--num-minibatches", "8",
+                             "--num-iterations", "4", "--exp-name", name)
 
     def env_steps_per_s(process):
         _, err = process.communicate(timeout=300)

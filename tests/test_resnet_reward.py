@@ -3,15 +3,15 @@ import csv
 import functools
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import run_script
 import torch
+from mani_skill.envs.sapien_env import BaseEnv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_env import CAMERA, ROOT, load_policy, make
+from test_env import CAMERA, load_policy, make
 
 import ppo_dense
 import ppo_resnet_reward
@@ -22,15 +22,8 @@ Args = functools.partial(ppo_resnet_reward.Args, meshes="light")  # as on a CPU 
 SMALL = ["--num-procs", "1", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "4", "--no-capture-video"]
 
 
-def run(script, cwd, *args, code=0, env=None, before=""):
-    """Runs <script>.py; `before` is Python that the process runs first, to watch a library from inside."""
-    command = f"import runpy, sys; sys.argv = sys.argv[1:]; {before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    start = [sys.executable, "-c", command] if before else [sys.executable]
-    result = subprocess.run([*start, str(ROOT / f"{script}.py"), *SMALL, *map(str, args)], cwd=cwd, capture_output=True,
-                            text=True, timeout=300, env=dict(os.environ, **(env or {})))
-    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in result.stderr
-    return result.stdout, result.stderr
+def run(script, cwd, *args, code=0):
+    return run_script.run(script, cwd, *SMALL, *args, code=code)
 
 
 def scalars(run_dir):
@@ -107,7 +100,8 @@ def test_dense_stops_and_continues_exactly(tmp_path):
     """Stage 3 needs no Vulkan, leaves the checkpoint that stage 4 reads, and a continued run repeats what a run that was
     continued from the same checkpoint did: weights, losses and metrics, bit for bit."""
     nowhere = dict(VK_DRIVER_FILES="/nonexistent.json", VK_ICD_FILENAMES="/nonexistent.json")
-    out, _ = run("ppo_dense", tmp_path, "--num-iterations", "3", "--save-interval", "2", "--capture-video", env=nowhere)
+    out, _ = run_script.run_process("ppo_dense", tmp_path, *SMALL, "--num-iterations", "3", "--save-interval", "2",
+                                    "--capture-video", env=nowhere)
     run_dir, = tmp_path.glob("logs/*")
     assert sorted(p.name for p in run_dir.glob("checkpoints/*")) == ["global_step_2", "global_step_3"]
     assert f"checkpoints{os.sep}global_step_3" in out
@@ -131,23 +125,21 @@ def test_dense_stops_and_continues_exactly(tmp_path):
     assert a["optimizer"]["state"][0]["step"] > first["optimizer"]["state"][0]["step"], "Adam's moments were taken over"
 
 
-def test_stage_4_renders_final_frames_only(tmp_path):
+def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
     """Every rendered picture is counted inside ManiSkill: as many as episodes ended. With `always`: as many as env steps."""
     random_reward_model(tmp_path / "model.pt")
-    count = ("import mani_skill.envs.sapien_env as s; real = s.BaseEnv.render_rgb_array; n = [0]\n"
-             "def counting(*a, **k): n[0] += 1; return real(*a, **k)\n"
-             "s.BaseEnv.render_rgb_array = counting; import atexit; atexit.register(lambda: print('pictures', n[0]))")
+    pictures, render = [], BaseEnv.render_rgb_array
+    monkeypatch.setattr(BaseEnv, "render_rgb_array", lambda *args, **kwargs: pictures.append(1) or render(*args, **kwargs))
     for mode in ("episode_end", "always"):
         checkpoint = random_reward_model(tmp_path / "model.pt", reward_render_mode=mode)
+        pictures.clear()
         out, _ = run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint",
                      checkpoint, "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
                      "--threshold", "1.0", "--reward-render-mode", mode, "--log-dir", mode,
-                     "--save-mistakes", tmp_path / f"mistakes-{mode}", "--max-mistakes", "3" if mode == "always" else "99",
-                     before=count)
-        pictures = int(out.rpartition("pictures ")[2])
+                     "--save-mistakes", tmp_path / f"mistakes-{mode}", "--max-mistakes", "3" if mode == "always" else "99")
         metrics = scalars(next((tmp_path / mode).glob("*-ppo_resnet_reward")))
         scored = sum(metrics["reward_model/scored_frames"].values())
-        assert pictures == scored and (scored == 200 if mode == "always" else 8 <= scored < 60)
+        assert len(pictures) == scored and (scored == 200 if mode == "always" else 8 <= scored < 60)
         assert metrics["env/success_once"].keys() == metrics["reward_model/accuracy"].keys()
 
         # The mistakes are laid out as stage 1's data, and stage 2 reads them; the folder does not grow beyond its bound
@@ -167,8 +159,8 @@ def test_stage_4_renders_final_frames_only(tmp_path):
 
 
 def test_stage_4_continues(tmp_path):
-    """From stage 3: the weights, Adam's moments of the actor, and a critic that warms up while the actor stands still. From its
-    own: on."""
+    """From stage 3: the weights, Adam's moments of the actor, and a critic that warms up while the actor stands still. From
+    its own: on."""
     model, start = random_reward_model(tmp_path / "model.pt"), dense_checkpoint(tmp_path)
     args = ["--reward-checkpoint", model, "--critic-warmup", "2"]
     run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--num-iterations", "2")
@@ -190,8 +182,8 @@ def test_stage_4_continues(tmp_path):
 @pytest.mark.parametrize("flags, worth", [
     (["--threshold", "0"], 1), (["--ignore-terminations", "--threshold", "1", "--use-soft-reward"], 0.5)])
 def test_nothing_follows_an_end_that_is_paid(tmp_path, flags, worth):
-    """Where every frame looks done, and without terminations in any case: the critic learns what the frame is paid, which is 1,
-    or an untrained ResNet's probability. Were the value of what follows added, it would grow by that in each global step."""
+    """Where every frame looks done, and without terminations in any case: the critic learns what the frame is paid, which
+    is 1, or an untrained ResNet's probability. Were what follows added, it would grow by that in each global step."""
     model = random_reward_model(tmp_path / "model.pt")
     run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, *flags, "--gamma", "1", "--gae-lambda", "1",
         "--critic-warmup", "6", "--num-iterations", "6", "--learning-rate", "1e-3",
@@ -297,7 +289,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 @pytest.mark.parametrize("script", [ppo_dense, ppo_resnet_reward], ids=lambda m: m.__name__)
 def test_help_names_every_flag(script):
-    text = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True).stdout
+    text, _ = run_script.run(script.__name__, ".", "--help")
     for name in script.Args.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text
 

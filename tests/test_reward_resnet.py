@@ -1,6 +1,5 @@
 """Stage 2: train_reward_resnet.py as people run it, on a small folder of real rendered frames."""
 import json
-import os
 import re
 import shutil
 import signal
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_script
 import torch
 from PIL import Image
 from test_env import ROOT
@@ -20,16 +20,8 @@ from train_reward_resnet import augment, load_reward_model, read_data, score, sp
 SMALL = ["--input-size", "64", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
 
-def start(cwd, *args):
-    return subprocess.Popen([sys.executable, str(ROOT / "train_reward_resnet.py"), *SMALL, *map(str, args)], cwd=cwd,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def run(cwd, *args, code=0):
-    process = start(cwd, *args)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
+    return run_script.run("train_reward_resnet", cwd, *SMALL, *args, code=code)
 
 
 def test_learns_easy_frames(data, tmp_path):
@@ -66,7 +58,7 @@ def test_resumed_training_gives_the_same_weights(data, tmp_path):
     """Interrupted after the second epoch, resumed, and the same as never interrupted."""
     schedule = ["--epochs", "8", "--early-stopping-patience", "8"]
     run(tmp_path, *schedule, "--save-dir", "whole")
-    process = start(tmp_path, *schedule, "--save-dir", "parts")
+    process = run_script.start("train_reward_resnet", tmp_path, *SMALL, *schedule, "--save-dir", "parts")
     for line in process.stdout:
         if line.startswith("epoch 2:"):
             process.send_signal(signal.SIGTERM)
@@ -85,7 +77,7 @@ def test_resumed_training_gives_the_same_weights(data, tmp_path):
 
 
 def test_two_ranks_learn_too(data, tmp_path):
-    out, _ = run(tmp_path, "--epochs", "15", "--num-procs", "2")
+    out, _ = run_script.run_process("train_reward_resnet", tmp_path, *SMALL, "--epochs", "15", "--num-procs", "2")
     assert "2 rank(s)" in out
     assert json.loads((tmp_path / "reward_checkpoints/report.json").read_text())["accuracy"] >= 0.95
 
@@ -138,7 +130,7 @@ def own_pictures(data, folder):
 
 
 def test_own_pictures(data, tmp_path):
-    """Two folders of anybody's pictures, one command: a classifier, and a metadata.json; stage 4 refuses it with the reason."""
+    """Two folders of anybody's pictures, one command: a classifier and a metadata.json; stage 4 refuses it with the reason."""
     pictures = own_pictures(data, tmp_path / "pictures")
     run(tmp_path, "--data-path", "pictures", "--epochs", "30")
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
@@ -165,8 +157,8 @@ def test_own_pictures(data, tmp_path):
 
     _, err = run(tmp_path, "--evaluate", "reward_checkpoints", "--data-path", "data", code=2)
     assert "some are anyone's own pictures, others are frames of a ManiSkill task" in err
-    process = subprocess.run([sys.executable, str(ROOT / "ppo_resnet_reward.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 2 and "some are anyone's own pictures, others are frames" in process.stderr
+    _, err = run_script.run("ppo_resnet_reward", tmp_path, code=2)
+    assert "some are anyone's own pictures, others are frames" in err
 
 
 def test_frames_that_are_not_square(data, tmp_path):
@@ -317,7 +309,8 @@ def broken_index(data):
     (wrong_size, "success/0003.png is 64x64 and metadata.json says 224x224"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
     (sixteen_bits, "failure/0007.png does not have 8 bits a channel"),
-    (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv row 2"), (shutil.rmtree, "data/success holds no frames"),
+    (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv row 2"),
+    (shutil.rmtree, "data/success holds no frames"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_folders(data, tmp_path, prepare, says):
     """One line that says what is wrong, exit code 2, no traceback."""
@@ -356,15 +349,13 @@ def test_bad_checkpoints(data, tmp_path, write):
 
 def test_imagenet_weights_need_the_network(data, tmp_path):
     """Where there is no network, --pretrained says so; where there is one, it trains."""
-    process = subprocess.run([sys.executable, str(ROOT / "train_reward_resnet.py"), *SMALL, "--pretrained", "--epochs", "1"],
-                             cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                             env=dict(os.environ, https_proxy="http://localhost:9", TORCH_HOME=str(tmp_path / "home")))
-    assert process.returncode == 2 and "ImageNet weights could not be downloaded" in process.stderr
-    assert "Traceback" not in process.stderr
+    nowhere = dict(https_proxy="http://localhost:9", TORCH_HOME=str(tmp_path / "home"))
+    _, err = run_script.run_process("train_reward_resnet", tmp_path, *SMALL, "--pretrained", "--epochs", "1", code=2,
+                                    env=nowhere)
+    assert "ImageNet weights could not be downloaded" in err
 
 
 def test_help_names_every_flag():
-    command = [sys.executable, str(ROOT / "train_reward_resnet.py"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True).stdout
+    text, _ = run_script.run("train_reward_resnet", ".", "--help")
     for name in train_reward_resnet.Args.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text

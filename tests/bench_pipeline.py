@@ -1,0 +1,170 @@
+"""The README's results in one command: all four stages from end to end, once a seed, and one table.
+
+    python tests/bench_pipeline.py --seeds 1 2 3
+    python tests/bench_pipeline.py --seeds 1 --flags 1 "--target-success 600 --target-failure 600" --flags 2 "--epochs 9"
+
+Every stage runs as a person runs it, with the defaults or with --flags. --out holds a folder a seed with all that the stages
+leave, and results.md, the table. Stopped with Ctrl-C or killed, and called again with the same flags, the bench goes on where
+it was; a stage's time is that of all its parts, but not of one that was killed.
+"""
+import argparse
+import importlib.metadata
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {1: "ppo_collect", 2: "train_reward_resnet", 3: "ppo_dense", 4: "ppo_resnet_reward"}
+LAST = 20  # global steps of stage 4 over which its metrics are averaged
+
+
+class Pipeline:
+    """One seed's four stages, in a folder of their own."""
+
+    def __init__(self, folder: Path, seed: int, flags: dict):
+        self.folder, self.seed, self.flags = folder, seed, flags
+
+    def run_dir(self, stage: int):
+        return max(self.folder.glob(f"logs/*-{SCRIPTS[stage]}"), default=None)
+
+    def begun(self, stage: int) -> bool:
+        """Is there something to go on with?"""
+        if stage == 2:
+            return (self.folder / "reward_checkpoints/last_model.pt").exists()
+        return self.run_dir(stage) is not None and any(self.run_dir(stage).glob("checkpoints/*/checkpoint.pt"))
+
+    def command(self, stage: int) -> list:
+        command = [sys.executable, str(ROOT / f"{SCRIPTS[stage]}.py"), "--seed", str(self.seed), *self.flags[stage]]
+        if self.begun(stage):
+            return command + (["--resume"] if stage == 2 else ["--resume-dir", str(self.run_dir(stage))])
+        return command + (["--resume-dir", str(self.run_dir(3))] if stage == 4 else [])
+
+    def run(self, stage: int):
+        """Run the stage to its end, and note how long it took."""
+        times = self.folder / "seconds.json"
+        seconds = json.loads(times.read_text()) if times.exists() else {}
+        if f"stage {stage} is done" in seconds:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command, start = self.command(stage), time.time()
+        print(f"seed {self.seed}: {shlex.join(command)}", flush=True)
+        with open(self.folder / f"stage_{stage}.log", "a") as log:
+            process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # the stage has it too, and saves a checkpoint
+                process.wait()
+                raise
+            finally:
+                seconds[str(stage)] = seconds.get(str(stage), 0) + time.time() - start
+                if process.returncode == 0 and "To go on: " not in self.last_lines(stage):
+                    seconds[f"stage {stage} is done"] = True
+                times.write_text(json.dumps(seconds))
+        if f"stage {stage} is done" not in seconds:
+            sys.exit(f"exit code {process.returncode}, see {self.folder / f'stage_{stage}.log'}")
+
+    def last_lines(self, stage: int) -> str:
+        return "\n".join((self.folder / f"stage_{stage}.log").read_text().splitlines()[-3:])
+
+    def evaluate_on(self, other: "Pipeline"):
+        """Score the other seed's frames with this seed's reward model."""
+        save_dir = self.folder / "fresh"
+        if not (save_dir / "report_data.json").exists():
+            command = [sys.executable, str(ROOT / "train_reward_resnet.py"), "--evaluate", "reward_checkpoints/best_model.pt",
+                       "--data-path", str(other.folder / "data"), "--save-dir", "fresh", "--log-dir", "fresh"]
+            with open(self.folder / "fresh.log", "w") as log:
+                subprocess.run(command, cwd=self.folder, stdout=log, stderr=log, check=True)
+
+    def results(self) -> dict:
+        """{row of the table: number or None}"""
+        seconds = json.loads((self.folder / "seconds.json").read_text())
+        rows = {}
+
+        def scalars(stage):
+            events = EventAccumulator(str(self.run_dir(stage)), size_guidance=dict(scalars=0))
+            events.Reload()
+            return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+        for stage in (1, 3):
+            metrics = scalars(stage)
+            rows[f"stage {stage}: env steps"] = metrics["charts/env_steps"][-1]
+            rows[f"stage {stage}: `eval/success_once`"] = metrics["eval/success_once"][-1]
+            rows[f"stage {stage}: `eval/episode_len`"] = metrics["eval/episode_len"][-1]
+            rows[f"stage {stage}: minutes"] = seconds[str(stage)] / 60
+        for name, file in (("held out", "reward_checkpoints/report.json"), ("next seed's frames", "fresh/report_data.json")):
+            if (self.folder / file).exists():
+                report = json.loads((self.folder / file).read_text())
+                rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
+                final = report["kinds"]["ends an episode"]
+                rows[f"stage 2, {name}: frames that end an episode, accuracy"] = final["accuracy"]
+                rows[f"stage 2, {name}: false positives among these"] = final["false_positive_rate"]
+        rows["stage 2: minutes"] = seconds["2"] / 60
+        metrics = scalars(4)
+        rows["stage 4: env steps"] = metrics["charts/env_steps"][-1]
+        for tag in ("env/success_once", "env/episode_len"):
+            rows[f"stage 4: `{tag}`, first 10 global steps"] = statistics.mean(metrics[tag][:10])
+            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[tag][-LAST:])
+        for tag in ("reward_model/precision", "reward_model/recall", "reward_model/precision_cube_at_goal"):
+            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[tag][-LAST:])
+        rows["stage 4: `eval/success_once`"] = metrics["eval/success_once"][-1]
+        rows["stage 4: `eval/episode_len`"] = metrics["eval/episode_len"][-1]
+        rows["stage 4: minutes"] = seconds["4"] / 60
+        rows["minutes in all"] = sum(value for key, value in seconds.items() if key.isdigit()) / 60
+        return rows
+
+
+def machine() -> str:
+    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor()) if sys.platform == "linux" else platform.processor()
+    flags = set(open("/proc/cpuinfo").read().split()) if sys.platform == "linux" else set()
+    known = [name for name, flag in (("AVX2", "avx2"), ("AVX-512", "avx512f"), ("bfloat16", "avx512_bf16")) if flag in flags]
+    from ppo_dense import usable_cores
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "mani_skill", "sapien"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return f"{usable_cores()} cores of an {cpu} ({', '.join(known)}); {versions}; commit {commit or 'unknown'}"
+
+
+def table(results: dict) -> str:
+    """Markdown: a row a figure, of one seed, or min, median and max over seeds."""
+    def show(value):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value > 2 else f"{value:.3f}"
+
+    several = len(results) > 1
+    lines = ["| | " + (" | ".join(["min", "median", "max"]) if several else f"seed {next(iter(results))}") + " |"]
+    lines.append("|---" * (4 if several else 2) + "|")
+    for row in next(iter(results.values())):
+        values = [found[row] for found in results.values() if found.get(row) is not None]
+        picks = [min, statistics.median, max] if several else [min]
+        lines.append(f"| {row} | " + " | ".join(show(pick(values)) if values else "" for pick in picks) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--flags", nargs=2, action="append", default=[], metavar=("STAGE", "FLAGS"),
+                        help="more flags of a stage, in quotes")
+    parser.add_argument("--out", type=Path, default=Path("pipeline"))
+    args = parser.parse_args()
+    flags = {stage: [flag for s, text in args.flags if s == str(stage) for flag in shlex.split(text)] for stage in SCRIPTS}
+    pipelines = [Pipeline(args.out.resolve() / f"seed_{seed}", seed, flags) for seed in args.seeds]
+    for pipeline in pipelines:
+        for stage in SCRIPTS:
+            pipeline.run(stage)
+    for pipeline, following in zip(pipelines, pipelines[1:] + pipelines[:1]):
+        if following is not pipeline:
+            pipeline.evaluate_on(following)
+    results = {pipeline.seed: pipeline.results() for pipeline in pipelines}
+    command = shlex.join(["python", "tests/bench_pipeline.py", *sys.argv[1:]])
+    text = f"`{command}`, seeds {', '.join(map(str, results))}, on {machine()}:\n\n{table(results)}\n"
+    (args.out / "results.md").write_text(text)
+    (args.out / "results.json").write_text(json.dumps(results, indent=2))
+    print(text)
