@@ -156,9 +156,12 @@ if __name__ == "__main__":
     args = parser.parse_args()
     flags = {stage: [flag for s, text in args.flags if s == str(stage) for flag in shlex.split(text)] for stage in SCRIPTS}
     pipelines = [Pipeline(args.out.resolve() / f"seed_{seed}", seed, flags) for seed in args.seeds]
-    for pipeline in pipelines:
-        for stage in SCRIPTS:
-            pipeline.run(stage)
+    try:
+        for pipeline in pipelines:
+            for stage in SCRIPTS:
+                pipeline.run(stage)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
     for pipeline, following in zip(pipelines, pipelines[1:] + pipelines[:1]):
         if following is not pipeline:
             pipeline.evaluate_on(following)

@@ -5,8 +5,10 @@
 
 Every run is ppo_dense.py with the defaults of the stage's script, in one process bound to one core. It ends after --env-steps
 or with its last global step. Stopped and called again, the bench goes on where it was: its runs lie in --out, a folder each.
+--curves keeps what they have reached in a file, with the commit, and shows the seeds of earlier days as well.
 """
 import argparse
+import csv
 import dataclasses
 import os
 import re
@@ -82,6 +84,29 @@ class Run:
         return self.process.poll() is not None
 
 
+def keep(path: Path, curves: dict) -> dict:
+    """Write the curves to the file, with those of other seeds that are in it; returns all of them."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    columns, rows = ["seed", "env_steps", "success_once", "episode_len", "commit"], []
+    if path.exists():
+        with open(path) as file:
+            rows = [row for row in csv.DictReader(file) if int(row["seed"]) not in curves]
+    for seed, curve in curves.items():
+        rows += [dict(zip(columns, (seed, steps, *curve[steps], commit))) for steps in sorted(curve)]
+    rows.sort(key=lambda row: (int(row["seed"]), int(row["env_steps"])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    everything = {}
+    for row in rows:
+        values = float(row["success_once"]), float(row["episode_len"])
+        everything.setdefault(int(row["seed"]), {})[int(row["env_steps"])] = values
+    return everything
+
+
 def table(curves: dict) -> str:
     """Markdown: a row a seed, then min, median and max of each column."""
     rows = []
@@ -118,6 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--env-steps", type=float, help="of a run at most; 1,000,000 in stage 1, 100 global steps in stage 3")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; call again to go on")
     parser.add_argument("--out", type=Path, default=Path("seeds"))
+    parser.add_argument("--curves", type=Path, help="CSV file of all evaluations so far; default: <out>/stage_<stage>.csv")
     args = parser.parse_args()
     most = args.env_steps or {1: 1e6, 3: float("inf")}[args.stage]
     runs = [Run(args.out / f"stage_{args.stage}_seed_{seed}", args.stage, seed, most) for seed in args.seeds]
@@ -138,7 +164,7 @@ if __name__ == "__main__":
     for run in running:  # out of time: each ends its global step and saves a checkpoint
         run.process.terminate()
         run.process.wait()
-    curves = {run.seed: run.curve() for run in runs if run.curve()}
+    curves = keep(args.curves or args.out / f"stage_{args.stage}.csv", {run.seed: run.curve() for run in runs if run.curve()})
     print(table(curves))
     picture = args.out / f"stage_{args.stage}.png"
     draw(curves, f"Stage {args.stage}, {len(curves)} seeds", picture)

@@ -285,7 +285,8 @@ def test_another_task(tmp_path):
 def test_a_task_that_cannot_be_batched(tmp_path):
     """One stock scene a rank, which also takes the pictures, as a GPU run's scenes do."""
     _, err = run(tmp_path, "--env-id", "PegInsertionSide-v1", "--num-envs", "4", "--num-procs", "1", "--num-iterations", "2",
-                 "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.2", "--save-interval", "2")
+                 "--num-minibatches", "2", "--num-steps", "50", "--target-failure", "5", "--sample-rate-fail", "0.2",
+                 "--save-interval", "2")
     assert "its objects differ from scene to scene" in err
     assert len(list((tmp_path / "data/failure").iterdir())) == 5
     checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_2/checkpoint.pt")), weights_only=True)
@@ -348,7 +349,7 @@ def file_for_folder(tmp_path):
     (None, ["--num-envs", "7", "--num-procs", "2"], "--num-envs 7 cannot be shared by 2 ranks"),
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
-    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "2"], "--num-minibatches 8 is more than the 4 steps"),
+    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "--num-minibatches 4 is more than the 2 steps"),
     (None, ["--sim-backend", "physx_cuda"], "--sim-backend physx_cuda needs an NVIDIA GPU"),
     (None, ["--render-backend", "sapien_cuda"], "--render-backend sapien_cuda needs an NVIDIA GPU"),
     (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),
