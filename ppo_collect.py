@@ -82,12 +82,12 @@ class RunArgs:
 class PPOArgs:
     num_envs: Optional[int] = None
     """parallel scenes of all ranks together; None: 256 on a GPU, 64 on a CPU"""
-    num_steps: Optional[int] = None
-    """steps of every scene in one rollout; None: 50 on a GPU, 25 on a CPU, whose policy learns faster from more updates"""
-    num_iterations: int = 1000
-    """global steps at most; one is a rollout and its update"""
+    num_steps: int = 50
+    """steps of every scene in one rollout"""
+    num_iterations: Optional[int] = None
+    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 500 on a CPU"""
     num_minibatches: Optional[int] = None
-    """minibatches in an update epoch; None: 32 on a GPU, 4 on a CPU"""
+    """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU"""
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
@@ -102,8 +102,8 @@ class PPOArgs:
     """PPO's clipping range (arXiv:1707.06347)"""
     target_kl: Optional[float] = None
     """the policy's part of an update ends after the epoch whose mean KL divergence exceeds this; None: 0.1 GPU, 0.03 CPU"""
-    eval_freq: Optional[int] = None
-    """global steps between evaluations; None: 40 on a GPU, 80 on a CPU"""
+    eval_freq: int = 40
+    """global steps between evaluations"""
     num_eval_envs: int = 128
     """evaluation episodes of all ranks together"""
     save_interval: int = 20
@@ -149,8 +149,8 @@ class Args(FrameArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_steps=(50, 25), num_minibatches=(32, 4), learning_rate=(3e-4, 5e-4),
-                        anneal_lr=(False, True), target_kl=(0.1, 0.03), eval_freq=(40, 80), meshes=("stock", "light"))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500), num_minibatches=(32, 8), learning_rate=(3e-4, 5e-4),
+                        anneal_lr=(False, True), target_kl=(0.1, 0.03), meshes=("stock", "light"))
 
 
 class FrameCollector:

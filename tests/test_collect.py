@@ -349,7 +349,7 @@ def file_for_folder(tmp_path):
     (None, ["--num-envs", "7", "--num-procs", "2"], "--num-envs 7 cannot be shared by 2 ranks"),
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
-    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "--num-minibatches 4 is more than the 2 steps"),
+    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "2"], "--num-minibatches 8 is more than the 4 steps"),
     (None, ["--sim-backend", "physx_cuda"], "--sim-backend physx_cuda needs an NVIDIA GPU"),
     (None, ["--render-backend", "sapien_cuda"], "--render-backend sapien_cuda needs an NVIDIA GPU"),
     (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),
