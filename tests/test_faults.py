@@ -30,6 +30,14 @@ PPO = ["--num-procs", "2", "--num-envs", "8", "--num-eval-envs", "2", "--num-min
        "--learning-rate", "1e-6", "--save-interval", "1", "--eval-freq", "1000", "--no-capture-video"]
 
 
+@pytest.fixture
+def seed():
+    """Another one in every run."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    return seed
+
+
 def ranks_of(process):
     """Process ids of the ranks that `process` has started."""
     found = []
@@ -95,7 +103,6 @@ def check_events(run_dir, last):
     assert steps == sorted(set(steps)) and steps[-1] == last and len(steps) >= last - 1, steps
 
 
-@pytest.mark.parametrize("seed", [random.randrange(10**6)])
 def test_kill_stage_1(tmp_path, seed):
     """Whatever is killed when: no frame is lost or damaged, no step runs backwards, and the last run completes."""
     rng, run_dir, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
@@ -127,7 +134,6 @@ def test_kill_stage_1(tmp_path, seed):
     check_events(run_dir, last)
 
 
-@pytest.mark.parametrize("seed", [random.randrange(10**6)])
 def test_kill_stage_2(data, tmp_path, seed):
     """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
     args = ["--num-procs", "2", "--input-size", "64", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
@@ -151,7 +157,6 @@ def test_kill_stage_2(data, tmp_path, seed):
     assert (parts / "report.json").exists() and (parts / "mistakes.png").exists()
 
 
-@pytest.mark.parametrize("seed", [random.randrange(10**6)])
 def test_kill_stage_4(tmp_path, seed):
     rng, mistakes = random.Random(seed), tmp_path / "mistakes"
     iterations = 10 + 12 * KILLS
