@@ -85,19 +85,18 @@ class Pipeline:
     def results(self) -> dict:
         """{row of the table: number or None}"""
         seconds = json.loads((self.folder / "seconds.json").read_text())
-        rows = {}
-
-        def scalars(stage):
+        rows, metrics = {}, {}
+        for stage in (1, 3, 4):
             events = EventAccumulator(str(self.run_dir(stage)), size_guidance=dict(scalars=0))
             events.Reload()
-            return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+            metrics[stage] = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
-        for stage in (1, 3):
-            metrics = scalars(stage)
-            rows[f"stage {stage}: env steps"] = metrics["charts/env_steps"][-1]
-            rows[f"stage {stage}: `eval/success_once`"] = metrics["eval/success_once"][-1]
-            rows[f"stage {stage}: `eval/episode_len`"] = metrics["eval/episode_len"][-1]
+        def policy(stage):
+            for tag in ("charts/env_steps", "eval/success_once", "eval/episode_len"):
+                rows[f"stage {stage}: `{tag}`"] = metrics[stage][tag][-1]
             rows[f"stage {stage}: minutes"] = seconds[str(stage)] / 60
+
+        policy(1)
         for name, file in (("held out", "reward_checkpoints/report.json"), ("next seed's frames", "fresh/report_data.json")):
             if (self.folder / file).exists():
                 report = json.loads((self.folder / file).read_text())
@@ -106,16 +105,13 @@ class Pipeline:
                 rows[f"stage 2, {name}: frames that end an episode, accuracy"] = final["accuracy"]
                 rows[f"stage 2, {name}: false positives among these"] = final["false_positive_rate"]
         rows["stage 2: minutes"] = seconds["2"] / 60
-        metrics = scalars(4)
-        rows["stage 4: env steps"] = metrics["charts/env_steps"][-1]
+        policy(3)
         for tag in ("env/success_once", "env/episode_len"):
-            rows[f"stage 4: `{tag}`, first 10 global steps"] = statistics.mean(metrics[tag][:10])
-            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[tag][-LAST:])
+            rows[f"stage 4: `{tag}`, first 10 global steps"] = statistics.mean(metrics[4][tag][:10])
+            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[4][tag][-LAST:])
         for tag in ("reward_model/precision", "reward_model/recall", "reward_model/precision_cube_at_goal"):
-            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[tag][-LAST:])
-        rows["stage 4: `eval/success_once`"] = metrics["eval/success_once"][-1]
-        rows["stage 4: `eval/episode_len`"] = metrics["eval/episode_len"][-1]
-        rows["stage 4: minutes"] = seconds["4"] / 60
+            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[4][tag][-LAST:])
+        policy(4)
         rows["minutes in all"] = sum(value for key, value in seconds.items() if key.isdigit()) / 60
         return rows
 
@@ -128,13 +124,13 @@ def machine() -> str:
     from ppo_dense import usable_cores
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "mani_skill", "sapien"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return f"{usable_cores()} cores of an {cpu} ({', '.join(known)}); {versions}; commit {commit or 'unknown'}"
+    return f"{usable_cores()} cores of {cpu} ({', '.join(known)}); {versions}; commit {commit or 'unknown'}"
 
 
 def table(results: dict) -> str:
     """Markdown: a row a figure, of one seed, or min, median and max over seeds."""
-    def show(value):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value > 2 else f"{value:.3f}"
+    def show(row, value):
+        return f"{value:,.0f}" if "env_steps" in row else f"{value:.1f}" if "minutes" in row or value > 1 else f"{value:.3f}"
 
     several = len(results) > 1
     lines = ["| | " + (" | ".join(["min", "median", "max"]) if several else f"seed {next(iter(results))}") + " |"]
@@ -142,7 +138,7 @@ def table(results: dict) -> str:
     for row in next(iter(results.values())):
         values = [found[row] for found in results.values() if found.get(row) is not None]
         picks = [min, statistics.median, max] if several else [min]
-        lines.append(f"| {row} | " + " | ".join(show(pick(values)) if values else "" for pick in picks) + " |")
+        lines.append(f"| {row} | " + " | ".join(show(row, pick(values)) if values else "" for pick in picks) + " |")
     return "\n".join(lines)
 
 
