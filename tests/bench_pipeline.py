@@ -68,7 +68,8 @@ class Pipeline:
                     seconds[f"stage {stage} is done"] = True
                 times.write_text(json.dumps(seconds))
         if f"stage {stage} is done" not in seconds:
-            sys.exit(f"exit code {process.returncode}, see {self.folder / f'stage_{stage}.log'}")
+            log = self.folder / f"stage_{stage}.log"
+            sys.exit("stopped; the same command goes on" if process.returncode == 0 else f"failed, see {log}")
 
     def last_lines(self, stage: int) -> str:
         return "\n".join((self.folder / f"stage_{stage}.log").read_text().splitlines()[-3:])
