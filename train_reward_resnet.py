@@ -665,14 +665,14 @@ def start_ranks(num_procs: int):
         os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]),
                            WORLD_SIZE=str(num_procs), LOCAL_WORLD_SIZE=str(num_procs))
     sys.stdout.flush()
-    running = []
+    has_cuda, running = torch.cuda.is_available(), []
     for rank in range(num_procs):
         pid = os.fork()  # a rank that imports everything again would take seconds, and more memory
         if pid == 0:
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
             os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
-            if torch.cuda.is_available():  # CUDA does not survive a fork
+            if has_cuda:  # CUDA does not survive a fork
                 os.execv(sys.executable, [sys.executable, *sys.argv])
             RANK, WORLD_SIZE, LAUNCHER = rank, num_procs, f"{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.getppid()}"
             return
