@@ -857,7 +857,7 @@ def start_ranks(num_procs: int):
     sys.stdout.flush()
     has_cuda, running = torch.cuda.is_available(), []
     for rank in range(num_procs):
-        pid = os.fork()  # a rank that imports everything again would take seconds, and more memory
+        pid = os.fork()  # a rank that imports everything again takes seconds
         if pid == 0:
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG

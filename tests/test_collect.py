@@ -285,8 +285,7 @@ def test_another_task(tmp_path):
 def test_a_task_that_cannot_be_batched(tmp_path):
     """One stock scene a rank, which also takes the pictures, as a GPU run's scenes do."""
     _, err = run(tmp_path, "--env-id", "PegInsertionSide-v1", "--num-envs", "4", "--num-procs", "1", "--num-iterations", "2",
-                 "--num-minibatches", "2", "--num-steps", "50", "--target-failure", "5", "--sample-rate-fail", "0.2",
-                 "--save-interval", "2")
+                 "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.2", "--save-interval", "2")
     assert "its objects differ from scene to scene" in err
     assert len(list((tmp_path / "data/failure").iterdir())) == 5
     checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_2/checkpoint.pt")), weights_only=True)

@@ -19,8 +19,7 @@ from ppo_resnet_reward import RewardModel, make_contract, resnet_reward
 
 Args = functools.partial(ppo_resnet_reward.Args, meshes="light")  # as on a CPU by default
 
-SMALL = ["--num-procs", "1", "--num-envs", "8", "--num-steps", "50", "--num-eval-envs", "2", "--num-minibatches", "4",
-         "--no-capture-video"]
+SMALL = ["--num-procs", "1", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "4", "--no-capture-video"]
 
 
 def run(script, cwd, *args, code=0):
