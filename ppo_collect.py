@@ -82,18 +82,18 @@ class RunArgs:
 class PPOArgs:
     num_envs: Optional[int] = None
     """parallel scenes of all ranks together; None: 256 on a GPU, 64 on a CPU"""
-    num_steps: int = 50
-    """steps of every scene in one rollout"""
-    num_iterations: Optional[int] = None
-    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 500 on a CPU"""
+    num_steps: Optional[int] = None
+    """steps of every scene in one rollout; None: 50 on a GPU, 25 on a CPU"""
+    num_iterations: int = 1000
+    """global steps at most; one is a rollout and its update"""
     num_minibatches: Optional[int] = None
-    """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU"""
+    """minibatches in an update epoch; None: 32 on a GPU, 4 on a CPU"""
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: Optional[float] = None
-    """Adam's step size, at first; None: 3e-4 on a GPU, 5e-4 on a CPU"""
-    anneal_lr: Optional[bool] = None
-    """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
+    """Adam's step size, at first; None: 3e-4 on a GPU, 2e-4 on a CPU"""
+    anneal_lr: bool = False
+    """lower the step size in proportion to what is left of the run"""
     gamma: float = 0.8
     """discount factor per step"""
     gae_lambda: float = 0.9
@@ -117,7 +117,7 @@ class FrameArgs:
     target_success: int = 5000
     """success frames to collect"""
     target_failure: int = 5000
-    """failure frames to collect; once complete, new ones replace random old ones until the successes are complete too"""
+    """failure frames to collect: half of them at any time, the others as the successes come"""
     sample_rate_success: float = 1.0
     """share of the frames in which the task succeeds that is saved"""
     sample_rate_fail: float = 0.01
@@ -149,17 +149,23 @@ class Args(FrameArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 500), num_minibatches=(32, 8), learning_rate=(3e-4, 5e-4),
-                        anneal_lr=(False, True), target_kl=(0.1, 0.03), meshes=("stock", "light"))
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_steps=(50, 25), num_minibatches=(32, 4), learning_rate=(3e-4, 2e-4),
+                        target_kl=(0.1, 0.03), meshes=("stock", "light"))
 
 
 class FrameCollector:
-    """Chooses frames while the policy trains and photographs them; rank 0 files them once per global step."""
+    """Chooses frames while the policy trains and photographs them; rank 0 files them once per global step.
+
+    An untrained policy fails all the time, and what it does then teaches little. So failures may be ahead of the successes by
+    half of their target. Those beyond are photographed less and less often and replace random old ones (reservoir sampling).
+    """
 
     def __init__(self, args: Args, contract: dict):
         self.args, self.contract = args, contract
         self.targets = dict(success=args.target_success, failure=args.target_failure)
-        self.folder = FrameFolder(args.save_dir, contract, self.targets, args.seed)
+        self.folder = FrameFolder(args.save_dir, contract, dict(self.targets), args.seed)
+        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0  # failures, expected: so far, in this global step
+        self.limit_failures()
 
     def share(self) -> float:
         """Of the targets, in [0, 1]: the run is over at 1."""
@@ -201,12 +207,28 @@ class FrameCollector:
             rate = torch.where(near, rate.clamp(min=args.sample_rate_near_miss), rate)
         if not args.keep_ambiguous and "is_obj_placed" in info:
             rate[info["is_obj_placed"]] = 0.0
+        rate[info["success"]] = 0.0
+        self.newly_chosen += rate.sum(dtype=torch.float64)
+        rate *= self.failure_share
         rate[info["success"]] = args.sample_rate_success if self.folder.counts["success"] < args.target_success else 0.0
         idx = (torch.rand(rate.shape, device=rate.device) < rate).nonzero().squeeze(-1)
         if len(idx):
             rows = describe(idx, obs, info, done, args, global_step, env_steps, **counters)
             for frame, row in zip(envs.render_frames(idx).cpu().numpy(), rows):
                 self.folder.add(frame, row)
+
+    def file(self):
+        """Collective: file everybody's new frames."""
+        self.folder.file()
+        self.chosen, self.newly_chosen = self.chosen + all_reduce_sum(self.newly_chosen).item(), 0.0
+        self.limit_failures()
+
+    def limit_failures(self):
+        """Update how many failures there may be, and what share of those that the sampling rates choose is photographed."""
+        counts, targets = self.folder.counts, self.targets
+        room = max(int(targets["failure"] * min(0.5 + counts["success"] / targets["success"], 1.0)), 1)
+        self.folder.targets["failure"] = room
+        self.failure_share = 1.0 if counts["failure"] < room else room / max(self.chosen, room)
 
 
 def layer_init(layer, std=2**0.5):
@@ -331,6 +353,8 @@ def train(args: Args):
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
+    # The first time-outs come at different times (arXiv:2511.21011), else every other rollout were the end of all episodes.
+    envs.unwrapped.elapsed_steps[:] = torch.arange(num_envs) * envs.max_episode_steps // num_envs
 
     progress = tqdm(total=args.target_success + args.target_failure, initial=sum(folder.counts.values()), unit="frame",
                     disable=RANK > 0)
@@ -340,7 +364,7 @@ def train(args: Args):
         iteration_time = time.time()
         if args.anneal_lr:
             schedule = optimizer.param_groups[0]
-            schedule["lr"] = schedule["initial_lr"] * (1 - (global_step - 1) / args.num_iterations) * (1 - collector.share())
+            schedule["lr"] = schedule["initial_lr"] * (1 - (global_step - 1) / args.num_iterations)
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
@@ -362,7 +386,7 @@ def train(args: Args):
                 episode_id += num_envs * WORLD_SIZE * done
                 episode_len *= ~done
                 episode_return *= ~done
-        folder.file()
+        collector.file()
         rollout_time = time.time() - iteration_time
 
         # Advantages
@@ -416,7 +440,7 @@ def train(args: Args):
         *finished, stopping = all_reduce_sum(torch.cat([finished, finished.new_tensor([len(stop_signals)])])).tolist()
         stopping = stopping or collector.share() == 1
         if RANK == 0:
-            scalars |= {f"data/{label}": count for label, count in folder.counts.items()}
+            scalars |= {f"data/{label}": count for label, count in folder.counts.items()} | {"data/replaced": folder.left_out}
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
             scalars["losses/policy_updates"] = num_policy_updates
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
@@ -439,7 +463,7 @@ def train(args: Args):
         progress.close()
         writer.close()
         print(f"{args.save_dir}: {folder.counts['success']} success and {folder.counts['failure']} failure frames after "
-              f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process")
+              f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process; {folder.left_out} were replaced")
         if collector.share() < 1:
             print(f"To go on: {command_to_go_on(run_dir)}")
 

@@ -1,11 +1,11 @@
-"""Does every seed learn? Trains the recipe of stage 1 (without frames) or of stage 3 for a list of seeds, one run a core.
+"""Does every seed learn? Trains stage 3, which is stage 1 without frames, for a list of seeds, one run a core.
 
-    python tests/bench_seeds.py --stage 1 --seeds 0 1 2 3 4 5 6 7 8 9          # writes seeds/stage_1.png and prints a table
-    python tests/bench_seeds.py --stage 3 --seeds 0 1 2 3 4 5 6 7 8 9
+    python tests/bench_seeds.py --seeds 0 1 2 3 4 5 6 7 8 9          # writes seeds/seeds.png and prints a table
 
-Every run is ppo_dense.py with the defaults of the stage's script, in one process bound to one core. It ends after --env-steps
-or with its last global step. Stopped and called again, the bench goes on where it was: its runs lie in --out, a folder each.
---curves keeps what they have reached in a file, with the commit, and shows the seeds of earlier days as well.
+Every run is ppo_dense.py with its defaults for a CPU, in one process bound to one core; ppo_collect.py trains in the same way.
+It ends with its last global step, or after --env-steps. Stopped and called again, the bench goes on where it was: its runs lie
+in --out, a folder each. --curves keeps what they have reached in a file, with the commit, and shows the seeds of earlier days
+as well.
 """
 import argparse
 import csv
@@ -33,30 +33,22 @@ EVALUATION = re.compile(r"([\d,]+) env steps: eval/success_once ([\d.]+), .*eval
 EVAL_EVERY = 64_000  # env steps
 
 
-def recipe(stage: int):
-    """The flags with which ppo_dense.py trains as the stage's script does on a CPU, and the env steps of that."""
-    script = {1: ppo_collect, 3: ppo_dense}[stage]
-    ppo = script.PPOArgs(capture_video=False)
-    for name, (_, on_cpu) in script.GPU_CPU_DEFAULTS.items():
-        if hasattr(ppo, name):
-            setattr(ppo, name, on_cpu)
-    global_step = ppo.num_envs * ppo.num_steps
-    ppo.eval_freq = ppo.save_interval = EVAL_EVERY // global_step
-    flags = []
-    for field in dataclasses.fields(ppo):
-        flag, value = field.name.replace("_", "-"), getattr(ppo, field.name)
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if field.type is bool else [f"--{flag}", str(value)]
-    return flags, ppo.num_iterations * global_step
+def recipe(script) -> dict:
+    """The values of PPOArgs on a CPU."""
+    on_cpu = {name: values[1] for name, values in script.GPU_CPU_DEFAULTS.items()}
+    return {name: on_cpu.get(name, value) for name, value in dataclasses.asdict(script.PPOArgs()).items()}
 
 
 class Run:
     """One seed, on one core."""
 
-    def __init__(self, folder: Path, stage: int, seed: int, env_steps: float):
-        flags, whole = recipe(stage)
-        self.seed, self.folder, self.log, self.last = seed, folder, folder / "output.log", min(env_steps, whole)
-        self.command = [sys.executable, str(ROOT / "ppo_dense.py"), *flags, "--seed", str(seed), "--no-cuda",
-                        "--num-procs", "1", "--log-dir", str(folder)]
+    def __init__(self, folder: Path, seed: int, env_steps: float):
+        ppo = recipe(ppo_dense)
+        global_step = ppo["num_envs"] * ppo["num_steps"]
+        self.seed, self.folder, self.log = seed, folder, folder / "output.log"
+        self.last = min(env_steps, ppo["num_iterations"] * global_step)
+        self.command = [sys.executable, str(ROOT / "ppo_dense.py"), "--seed", str(seed), "--no-cuda", "--num-procs", "1",
+                        "--eval-freq", str(EVAL_EVERY // global_step), "--no-capture-video", "--log-dir", str(folder)]
 
     def curve(self) -> dict:
         """{env steps: (success_once, episode_len)} of the evaluations so far; a continued run says some of them again."""
@@ -138,15 +130,16 @@ def draw(curves: dict, title: str, path: Path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 3), default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--env-steps", type=float, help="of a run at most; 1,000,000 in stage 1, 100 global steps in stage 3")
+    parser.add_argument("--env-steps", type=float, default=float("inf"), help="of a run at most")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; call again to go on")
     parser.add_argument("--out", type=Path, default=Path("seeds"))
-    parser.add_argument("--curves", type=Path, help="CSV file of all evaluations so far; default: <out>/stage_<stage>.csv")
+    parser.add_argument("--curves", type=Path, help="CSV file of all evaluations so far; default: <out>/seeds.csv")
     args = parser.parse_args()
-    most = args.env_steps or {1: 1e6, 3: float("inf")}[args.stage]
-    runs = [Run(args.out / f"stage_{args.stage}_seed_{seed}", args.stage, seed, most) for seed in args.seeds]
+    stage_1 = recipe(ppo_collect)
+    differing = {name for name, value in recipe(ppo_dense).items() if stage_1[name] != value}
+    assert differing <= {"num_iterations"}, f"stages 1 and 3 train differently: {differing}"
+    runs = [Run(args.out / f"seed_{seed}", seed, args.env_steps) for seed in args.seeds]
     waiting, running = [run for run in runs if run.env_steps() < run.last], []
     cores = sorted(os.sched_getaffinity(0))[:ppo_dense.usable_cores()]
     end = time.time() + 60 * args.minutes
@@ -164,8 +157,8 @@ if __name__ == "__main__":
     for run in running:  # out of time: each ends its global step and saves a checkpoint
         run.process.terminate()
         run.process.wait()
-    curves = keep(args.curves or args.out / f"stage_{args.stage}.csv", {run.seed: run.curve() for run in runs if run.curve()})
+    curves = keep(args.curves or args.out / "seeds.csv", {run.seed: run.curve() for run in runs if run.curve()})
     print(table(curves))
-    picture = args.out / f"stage_{args.stage}.png"
-    draw(curves, f"Stage {args.stage}, {len(curves)} seeds", picture)
+    picture = args.out / "seeds.png"
+    draw(curves, f"{len(curves)} seeds", picture)
     print(f"\n{picture} shows all curves")

@@ -187,9 +187,9 @@ def test_which_frames_are_chosen(tmp_path, rates, chosen):
     assert {(row["episode"], row["step"]) for row, _ in collector.folder.pending} == expected != set()
 
 
-def test_a_full_failure_class_takes_new_frames(tmp_path):
-    """Later failures replace random earlier ones; the numbering stays dense, successes stop at their target."""
-    args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=10, sample_rate_fail=0.5)
+def test_failures_ahead_of_the_successes(tmp_path):
+    """Half of the failures are taken without any success; later ones replace random earlier ones, and fewer are rendered."""
+    args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=20, sample_rate_fail=0.5)
     torch.manual_seed(0)
     pair = Pair(2, 0, camera=CAMERA)
     collector = FrameCollector(args, make_contract(args))
@@ -198,10 +198,11 @@ def test_a_full_failure_class_takes_new_frames(tmp_path):
         collector.photograph(pair.envs, pair.obs, info, done, (t - 1) // 10 + 1, 2 * t, episode=torch.tensor([0, 1]),
                              step=torch.tensor([t, t]))
         if t % 10 == 0:
-            collector.folder.file()
-    assert collector.folder.counts == dict(success=0, failure=10)
+            collector.file()
+    assert collector.folder.counts == dict(success=0, failure=10) and collector.chosen == 40
     rows = check_folder(tmp_path / "data", 0, 10)
     assert {row["global_step"] for row in rows} > {"4"}, "frames of the first and of the last iterations"
+    assert collector.failure_share == 10 / 40 and 10 < 10 + collector.folder.left_out < 30, "of 40 that the rates chose"
 
 
 def test_take_over_of_a_damaged_folder(tmp_path):
