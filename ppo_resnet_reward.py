@@ -3,7 +3,7 @@
     reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py or of its own
     writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
-    python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_200
+    python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_400
     torchrun --nproc-per-node=8 ppo_resnet_reward.py --resume-dir ...
     python ppo_resnet_reward.py --resume-dir ... --done-by resnet         # not even the ends of episodes are privileged
     python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes # frames to train the ResNet on again

@@ -46,7 +46,8 @@ class Run:
         ppo = recipe(ppo_dense)
         global_step = ppo["num_envs"] * ppo["num_steps"]
         self.seed, self.folder, self.log = seed, folder, folder / "output.log"
-        self.last = min(env_steps, ppo["num_iterations"] * global_step)
+        self.whole = ppo["num_iterations"] * global_step
+        self.last = min(env_steps, self.whole)
         self.command = [sys.executable, str(ROOT / "ppo_dense.py"), "--seed", str(seed), "--no-cuda", "--num-procs", "1",
                         "--eval-freq", str(EVAL_EVERY // global_step), "--no-capture-video", "--log-dir", str(folder)]
 
@@ -68,7 +69,7 @@ class Run:
                                             preexec_fn=lambda: os.sched_setaffinity(0, [core]))
 
     def ended(self) -> bool:
-        if self.process.poll() is None and self.env_steps() >= self.last:
+        if self.process.poll() is None and self.env_steps() >= self.last and self.last < self.whole:
             self.process.terminate()
             self.process.wait()
         if self.process.poll():

@@ -228,13 +228,12 @@ def test_take_over_of_a_damaged_folder(tmp_path):
 
 
 def test_two_ranks_and_the_same_seed(tmp_path):
-    """Two ranks write no duplicate and no gap; the same command gives the same frames byte for byte; so does torchrun."""
+    """Two ranks write no duplicate and no gap; the same command gives the same frames byte for byte, also with torchrun."""
     command = ["--num-envs", "16", "--num-steps", "25", "--num-iterations", "5", "--target-success", "12",
                "--target-failure", "15", "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
     digests = []
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    two = ("--num-procs", "2")
-    for name, launcher, flags in (("a", (), two), ("b", (), two), ("torchrun", torchrun, ())):
+    for name, launcher, flags in (("alone", (), ("--num-procs", "2")), ("torchrun", torchrun, ())):
         cwd = tmp_path / name
         cwd.mkdir()
         out, _ = run_script.run_process("ppo_collect", cwd, *SMALL, *command, *flags, "--resume-dir", install_policy(cwd),
@@ -243,7 +242,7 @@ def test_two_ranks_and_the_same_seed(tmp_path):
         check_folder(cwd / "data", 12, 15)
         assert (cwd / "data" / "preview.png").stat().st_size > 10_000
         digests.append(digest(cwd / "data"))
-    assert digests[0] == digests[1] == digests[2]
+    assert digests[0] == digests[1]
 
 
 def test_interrupted_and_resumed(tmp_path):
@@ -274,7 +273,7 @@ def test_interrupted_and_resumed(tmp_path):
 def test_another_task(tmp_path):
     """Many scenes of it; a reward model of its frames would know whose they are."""
     _, err = run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "6", "--num-procs", "1", "--num-iterations", "2",
-        "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.05", "--capture-video")
+        "--num-minibatches", "2", "--target-failure", "10", "--sample-rate-fail", "0.05", "--capture-video")
     assert sorted(p.name for p in (tmp_path / "data/failure").iterdir()) == [f"000{n}.png" for n in range(1, 6)]
     contract = json.loads((tmp_path / "data/metadata.json").read_text())
     assert contract["env_id"] == "PushCube-v1" and contract["meshes"] == "light"
@@ -286,7 +285,8 @@ def test_another_task(tmp_path):
 def test_a_task_that_cannot_be_batched(tmp_path):
     """One stock scene a rank, which also takes the pictures, as a GPU run's scenes do."""
     _, err = run(tmp_path, "--env-id", "PegInsertionSide-v1", "--num-envs", "4", "--num-procs", "1", "--num-iterations", "2",
-                 "--num-minibatches", "2", "--target-failure", "5", "--sample-rate-fail", "0.2", "--save-interval", "2")
+                 "--num-steps", "50", "--num-minibatches", "2", "--target-failure", "10", "--sample-rate-fail", "0.2",
+                 "--save-interval", "2")
     assert "its objects differ from scene to scene" in err
     assert len(list((tmp_path / "data/failure").iterdir())) == 5
     checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_2/checkpoint.pt")), weights_only=True)
@@ -349,7 +349,7 @@ def file_for_folder(tmp_path):
     (None, ["--num-envs", "7", "--num-procs", "2"], "--num-envs 7 cannot be shared by 2 ranks"),
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
-    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "2"], "--num-minibatches 8 is more than the 4 steps"),
+    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "--num-minibatches 4 is more than the 2 steps"),
     (None, ["--sim-backend", "physx_cuda"], "--sim-backend physx_cuda needs an NVIDIA GPU"),
     (None, ["--render-backend", "sapien_cuda"], "--render-backend sapien_cuda needs an NVIDIA GPU"),
     (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),

@@ -87,8 +87,8 @@ def test_args_common_to_the_ppo_scripts():
         theirs = flags(other)
         assert dense.keys() <= theirs.keys()
         differing = {name for name in dense if dense[name] != theirs[name]}
-        assert differing <= {"num_iterations", "num_minibatches", "learning_rate", "gamma", "gae_lambda",
-                             "target_kl"}, differing
+        assert differing <= {"num_steps", "num_iterations", "num_minibatches", "learning_rate", "anneal_lr", "gamma",
+                             "gae_lambda", "target_kl"}, differing
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
