@@ -224,7 +224,7 @@ def train(args: Args):
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_return = torch.zeros(num_envs, device=device)
     current_obs, _ = envs.reset(seed=seed)
-    # First time-outs are spread over an episode's steps (arXiv:2511.21011), else a rollout would hold the same part of them all
+    # First time-outs are spread over an episode (arXiv:2511.21011), else a rollout would hold the same part of all of them
     envs.unwrapped.elapsed_steps[:] = torch.arange(num_envs) * envs.max_episode_steps // num_envs
 
     progress = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
