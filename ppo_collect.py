@@ -440,7 +440,7 @@ def train(args: Args):
         *finished, stopping = all_reduce_sum(torch.cat([finished, finished.new_tensor([len(stop_signals)])])).tolist()
         stopping = stopping or collector.share() == 1
         if RANK == 0:
-            scalars |= {f"data/{label}": count for label, count in folder.counts.items()} | {"data/replaced": folder.left_out}
+            scalars |= {f"data/{label}": count for label, count in folder.counts.items()} | {"data/not_kept": folder.left_out}
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
             scalars["losses/policy_updates"] = num_policy_updates
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
@@ -463,7 +463,7 @@ def train(args: Args):
         progress.close()
         writer.close()
         print(f"{args.save_dir}: {folder.counts['success']} success and {folder.counts['failure']} failure frames after "
-              f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process; {folder.left_out} were replaced")
+              f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process; {folder.left_out} more were not kept")
         if collector.share() < 1:
             print(f"To go on: {command_to_go_on(run_dir)}")
 
