@@ -463,7 +463,7 @@ def train(args: Args):
         progress.close()
         writer.close()
         print(f"{args.save_dir}: {folder.counts['success']} success and {folder.counts['failure']} failure frames after "
-              f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process; {folder.left_out} more were not kept")
+              f"{env_steps:,} env steps and {time.time() - start_time:.0f} s in this process; {folder.left_out} were not kept")
         if collector.share() < 1:
             print(f"To go on: {command_to_go_on(run_dir)}")
 
