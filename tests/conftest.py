@@ -39,7 +39,7 @@ def frames(tmp_path_factory):
             obs, _ = envs.reset(options=dict(env_idx=idx))
             episode[idx] += 16
             step[idx] = 0
-            collector.folder.file()
+            collector.file()
     return Path(args.save_dir)
 
 
