@@ -327,12 +327,9 @@ def train(args: Args):
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
     parameters, critic_parameters = list(agent.parameters()), list(agent.critic.parameters())
-    optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
-                                 fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         load_weights(agent, optimizer, checkpoint)
-        if not continued:
-            optimizer.param_groups[0].update(lr=args.learning_rate, initial_lr=args.learning_rate)
     broadcast(parameters)
 
     # The run's folder
@@ -362,9 +359,8 @@ def train(args: Args):
     while global_step < args.num_iterations and not stopping:
         global_step += 1
         iteration_time = time.time()
-        if args.anneal_lr:
-            schedule = optimizer.param_groups[0]
-            schedule["lr"] = schedule["initial_lr"] * (1 - (global_step - 1) / args.num_iterations)
+        left = 1 - (global_step - 1) / args.num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
@@ -911,11 +907,15 @@ def evaluate(agent, envs, num_videos: int = 0):
     return dict(zip(names, means.tolist())), np.stack(video) if video else None
 
 
-def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, env_steps: int):
-    """Evaluate; print the metrics, and write them and a film of four scenes to TensorBoard and videos/global_step_<N>.mp4."""
+def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, env_steps: int) -> float:
+    """Evaluate; print the metrics, and write them and a film of four scenes to TensorBoard and videos/global_step_<N>.mp4.
+
+    Returns:
+        success_once, on every rank.
+    """
     metrics, video = evaluate(agent, envs, min(4, envs.num_envs) if args.capture_video and RANK == 0 else 0)
     if RANK > 0:
-        return
+        return metrics["success_once"]
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, global_step)
     said = ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items())
@@ -931,6 +931,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
         said += f", {path}"
     tqdm.write(f"global step {global_step}, {env_steps:,} env steps: {said}")
+    return metrics["success_once"]
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
@@ -1367,8 +1368,6 @@ def load_weights(agent, optimizer, checkpoint):
     try:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if "initial_lr" not in optimizer.param_groups[0]:
-            raise KeyError("the optimizer has no initial_lr")
         if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
             raise ValueError("it has weights that are not finite")
     except (RuntimeError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Stage 3: train PPO on a task's dense reward and stop early; stage 4 goes on from there.
+"""Stage 3: train PPO on a task's dense reward until it succeeds; stage 4 goes on from there.
 
     writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
 
@@ -77,7 +77,7 @@ class PPOArgs:
     num_steps: Optional[int] = None
     """steps of every scene in one rollout; None: 50 on a GPU, 25 on a CPU"""
     num_iterations: Optional[int] = None
-    """global steps at most; one is a rollout and its update; None: 100 on a GPU, 400 on a CPU"""
+    """global steps at most; one is a rollout and its update; None: 100 on a GPU, 1000 on a CPU"""
     num_minibatches: Optional[int] = None
     """minibatches in an update epoch; None: 32 on a GPU, 4 on a CPU"""
     update_epochs: int = 8
@@ -105,11 +105,17 @@ class PPOArgs:
 
 
 @dataclass
-class Args(PPOArgs, RunArgs):
+class StopArgs:
+    stop_at_success: Optional[float] = 0.97
+    """the run ends with the first evaluation whose success rate is so high; None: after --num-iterations only"""
+
+
+@dataclass
+class Args(StopArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(1024, 64), num_steps=(50, 25), num_iterations=(100, 400), num_minibatches=(32, 4),
+GPU_CPU_DEFAULTS = dict(num_envs=(1024, 64), num_steps=(50, 25), num_iterations=(100, 1000), num_minibatches=(32, 4),
                         learning_rate=(3e-4, 2e-4), target_kl=(0.1, 0.03))
 
 
@@ -199,12 +205,9 @@ def train(args: Args):
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
     parameters, critic_parameters = list(agent.parameters()), list(agent.critic.parameters())
-    optimizer = torch.optim.Adam([dict(params=parameters, initial_lr=args.learning_rate)], lr=args.learning_rate, eps=1e-5,
-                                 fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         load_weights(agent, optimizer, checkpoint)
-        if not continued:
-            optimizer.param_groups[0].update(lr=args.learning_rate, initial_lr=args.learning_rate)
     broadcast(parameters)
 
     # The run's folder
@@ -228,13 +231,12 @@ def train(args: Args):
     envs.unwrapped.elapsed_steps[:] = torch.arange(num_envs) * envs.max_episode_steps // num_envs
 
     progress = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
-    first_env_steps, start_time, stopping = env_steps, time.time(), False
-    while global_step < args.num_iterations and not stopping:
+    first_env_steps, start_time, last, stopping = env_steps, time.time(), False, False
+    while global_step < args.num_iterations and not last:
         global_step += 1
         iteration_time = time.time()
-        if args.anneal_lr:
-            schedule = optimizer.param_groups[0]
-            schedule["lr"] = schedule["initial_lr"] * (1 - (global_step - 1) / args.num_iterations)
+        left = 1 - (global_step - 1) / args.num_iterations
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
@@ -318,7 +320,8 @@ def train(args: Args):
         # Evaluate, checkpoint
         last = stopping or global_step == args.num_iterations
         if last or global_step % args.eval_freq == 0:
-            log_evaluation(agent, eval_envs, args, run_dir, writer, global_step, env_steps)
+            success = log_evaluation(agent, eval_envs, args, run_dir, writer, global_step, env_steps)
+            last = last or (args.stop_at_success is not None and success >= args.stop_at_success)
         if last or global_step % args.save_interval == 0:
             on_rank0(save_checkpoint, run_dir, agent, optimizer, global_step, env_steps, args)
 
@@ -327,7 +330,7 @@ def train(args: Args):
         writer.close()
         print(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s in this process: "
               f"{run_dir / 'checkpoints' / f'global_step_{global_step}'}")
-        if global_step < args.num_iterations:
+        if stopping and global_step < args.num_iterations:
             print(f"To go on: {command_to_go_on(run_dir)}")
 
 
@@ -774,11 +777,15 @@ def evaluate(agent, envs, num_videos: int = 0):
     return dict(zip(names, means.tolist())), np.stack(video) if video else None
 
 
-def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, env_steps: int):
-    """Evaluate; print the metrics, and write them and a film of four scenes to TensorBoard and videos/global_step_<N>.mp4."""
+def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, env_steps: int) -> float:
+    """Evaluate; print the metrics, and write them and a film of four scenes to TensorBoard and videos/global_step_<N>.mp4.
+
+    Returns:
+        success_once, on every rank.
+    """
     metrics, video = evaluate(agent, envs, min(4, envs.num_envs) if args.capture_video and RANK == 0 else 0)
     if RANK > 0:
-        return
+        return metrics["success_once"]
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, global_step)
     said = ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items())
@@ -794,6 +801,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
         said += f", {path}"
     tqdm.write(f"global step {global_step}, {env_steps:,} env steps: {said}")
+    return metrics["success_once"]
 
 
 def mean_losses(losses, global_step: int, run_dir: Path) -> dict:
@@ -1037,8 +1045,6 @@ def load_weights(agent, optimizer, checkpoint):
     try:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if "initial_lr" not in optimizer.param_groups[0]:
-            raise KeyError("the optimizer has no initial_lr")
         if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
             raise ValueError("it has weights that are not finite")
     except (RuntimeError, ValueError, KeyError) as error:

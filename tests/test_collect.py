@@ -36,7 +36,7 @@ def run(cwd, *args, code=0):
 def install_policy(tmp_path):
     """A run's folder with the trained policy as its checkpoint, to be resumed (as global step 1, so that runs are short)."""
     checkpoint = torch.load(ROOT / "tests" / "policy.pt", weights_only=True)
-    fresh = torch.optim.Adam([dict(params=list(load_policy().parameters()), initial_lr=1e-6)], lr=1e-6)
+    fresh = torch.optim.Adam(load_policy().parameters(), lr=1e-6)
     folder = tmp_path / "logs" / "trained" / "checkpoints" / "global_step_1"
     folder.mkdir(parents=True)
     torch.save(dict(checkpoint, script="ppo_collect", optimizer=fresh.state_dict(), global_step=1, env_steps=0),

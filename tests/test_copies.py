@@ -83,6 +83,7 @@ def test_args_common_to_the_ppo_scripts():
                 if isinstance(a, ast.AnnAssign)}
 
     dense = flags("ppo_dense")
+    dense.pop("stop_at_success")
     for other in ("ppo_collect", "ppo_resnet_reward"):
         theirs = flags(other)
         assert dense.keys() <= theirs.keys()

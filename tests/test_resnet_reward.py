@@ -46,7 +46,7 @@ def dense_checkpoint(tmp_path):
     folder = tmp_path / "dense" / "checkpoints" / "global_step_100"
     folder.mkdir(parents=True)
     agent = load_policy()
-    optimizer = torch.optim.Adam([dict(params=list(agent.parameters()), initial_lr=0.1)], lr=0.1)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.1)
     for p in agent.parameters():
         p.grad = torch.full_like(p, 1e-3)
     optimizer.step()
@@ -117,12 +117,23 @@ def test_dense_stops_and_continues_exactly(tmp_path):
         metrics = scalars(tmp_path / name)
         assert sorted(metrics["losses/value_loss"]) == [3, 4]
         checkpoint = torch.load(tmp_path / name / "checkpoints/global_step_4/checkpoint.pt", weights_only=True)
-        assert checkpoint["env_steps"] == 4 * 8 * 50
+        assert checkpoint["env_steps"] == 4 * 8 * 25
         results.append((checkpoint, {k: v for k, v in metrics.items() if k.partition("/")[0] in ("env", "eval", "losses")}))
     (a, a_metrics), (b, b_metrics) = results
     assert a_metrics == b_metrics and all(torch.equal(a["agent"][k], b["agent"][k]) for k in a["agent"])
     first = torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)
     assert a["optimizer"]["state"][0]["step"] > first["optimizer"]["state"][0]["step"], "Adam's moments were taken over"
+
+
+def test_dense_stops_once_it_succeeds(tmp_path):
+    """With the first evaluation that is good enough, like a complete run; it can be continued, with another step size."""
+    dense_checkpoint(tmp_path)
+    for flag, last in (("0.5", 101), ("None", 103)):
+        out, _ = run("ppo_dense", tmp_path, "--resume-dir", "dense", "--num-iterations", "103", "--eval-freq", "1",
+                     "--learning-rate", "1e-6", "--stop-at-success", flag)
+        assert f"checkpoints{os.sep}global_step_{last}" in out and "To go on" not in out
+        assert (tmp_path / f"dense/checkpoints/global_step_{last}/checkpoint.pt").exists()
+        assert scalars(tmp_path / "dense")["charts/learning_rate"][last] == pytest.approx(1e-6)
 
 
 def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
