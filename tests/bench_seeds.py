@@ -80,7 +80,7 @@ class Run:
 
 def keep(path: Path, curves: dict) -> dict:
     """Write the curves to the file, with those of other seeds that are in it; returns all of them."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     columns, rows = ["seed", "env_steps", "success_once", "episode_len", "commit"], []
     if path.exists():
