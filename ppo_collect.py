@@ -21,10 +21,13 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -527,9 +530,12 @@ def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, c
         changes["_setup_scene"], options["reconfiguration_freq"] = PhysxCpuScenes.setup_scene, 0
     spec = EnvSpec(env_id, type(env_id, (task.cls,), changes), None, task.asset_download_ids, task.default_kwargs)
     material = sapien.render.RenderMaterial if camera else NoMaterial
+    set_shaders = sapien.render.set_camera_shader_dir
     try:
         with (replaced(sapien_env, "CPU_SIM_BACKENDS", ()), replaced(sapien.render, "RenderMaterial", material),
-              replaced(sapien.pysapien.render, "RenderMaterial", material)):
+              replaced(sapien.pysapien.render, "RenderMaterial", material),
+              replaced(sapien.render, "set_camera_shader_dir", lambda name: set_shaders(
+                  shaders_for_cpu(name) if render_backend == "sapien_cpu" else name))):
             env = TimeLimitWrapper(spec.make(**options), task.max_episode_steps)
     except AssertionError as error:
         fail(f"--control-mode: {error}")
@@ -543,6 +549,19 @@ def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, c
     if camera and camera["meshes"] == "light":
         use_light_meshes(env.unwrapped)
     return env
+
+
+@functools.cache
+def shaders_for_cpu(name: str) -> str:
+    """SAPIEN's shaders, but for how things reflect an environment map: ManiSkill's tasks have none, and before its first frame
+    a CPU would compute for 6 s what such reflections look like."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(Path(sapien.__file__).parent / "vulkan_shader", folder, dirs_exist_ok=True)
+    for file in (folder / name).glob("*.frag"):
+        without = re.sub(r"(?m)^.* uniform sampler2D samplerBRDFLUT;$", "", file.read_text())
+        file.write_text(re.sub(r"texture\(samplerBRDFLUT, .*\)\.xy;", "vec2(0);", without))
+    return str(folder / name)
 
 
 def use_light_meshes(env):
