@@ -311,7 +311,7 @@ def train(args: Args):
         on_rank0(load_imagenet_weights, model, args.arch)
     model.to(device, memory_format=torch.channels_last)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
     # Data
     train_idx, val_idx = split_by_episode(labels, episodes, args.val_split, args.seed)
