@@ -5,6 +5,7 @@ policy.pt is a checkpoint of `python ppo_collect.py` without Adam's moments; it 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401
@@ -231,6 +232,12 @@ def test_frames_equal_the_stock_cameras(env_id, show_goal_site):
     r, g, b = pictures[0][0].unbind(-1)
     if env_id == "PickCube-v1":
         assert (((g > 100) & (r < 80) & (b < 80)).sum() > 20) == show_goal_site
+
+
+def test_no_table_of_reflections():
+    """It took a CPU 6 s before the first frame; that the frames are the same without it, the test above shows."""
+    shader = (Path(ppo_collect.shaders_for_cpu("minimal")) / "gbuffer.frag").read_text()
+    assert "specularIBL" in shader and "BRDFLUT" not in shader
 
 
 def test_light_meshes_look_alike():
