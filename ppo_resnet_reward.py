@@ -606,8 +606,8 @@ def make_task(env_id: str, num_envs: int, control_mode: str, sim_backend: str, c
 
 @functools.cache
 def shaders_for_cpu(name: str) -> str:
-    """SAPIEN's shaders, but for how things reflect an environment map: ManiSkill's tasks have none, and before its first frame
-    a CPU would compute for 6 s what such reflections look like."""
+    """SAPIEN's shaders, but for how things reflect an environment map: of ManiSkill's scenes only ReplicaCAD's have one, and
+    before its first frame a CPU would compute for 6 s what such reflections look like."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(Path(sapien.__file__).parent / "vulkan_shader", folder, dirs_exist_ok=True)
