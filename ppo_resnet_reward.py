@@ -109,6 +109,8 @@ class PPOArgs:
     """PPO's clipping range (arXiv:1707.06347)"""
     target_kl: float = 0.1
     """the policy's part of an update ends after the epoch whose mean KL divergence (nats) exceeds this"""
+    action_l2: Optional[float] = None
+    """weight in the policy's loss of the squares of its mean action: no joint turns for nothing; None: 0 GPU, 0.005 CPU"""
     eval_freq: int = 40
     """global steps between evaluations"""
     num_eval_envs: int = 128
@@ -164,7 +166,7 @@ class Args(RewardArgs, PPOArgs, RunArgs):
 
 
 GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 200), num_minibatches=(32, 8), anneal_lr=(False, True),
-                        meshes=("stock", "light"), score_every=(1, 5))
+                        action_l2=(0.0, 0.005), meshes=("stock", "light"), score_every=(1, 5))
 
 
 class RewardModel(nn.Module):
@@ -282,7 +284,7 @@ class Agent(nn.Module):
         probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
         if action is None:
             action = mean + probs.scale * torch.randn_like(mean)  # probs.sample() makes the host wait for a GPU
-        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1)
+        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), mean
 
 
 def compute_gae(rewards, values, next_values, terminal, dones, gamma: float, gae_lambda: float):
@@ -375,7 +377,7 @@ def train(args: Args):
         audit = torch.zeros(7, dtype=torch.float64, device=device)
         for step in range(args.num_steps):
             with torch.no_grad():
-                action, logprob, _ = agent.get_action_and_logprob(current_obs)
+                action, logprob, *_ = agent.get_action_and_logprob(current_obs)
             obs[step], actions[step], logprobs[step] = current_obs, action, logprob
             current_obs, reward, terminated, truncated, info = envs.step(action)
             env_steps += num_envs * WORLD_SIZE
@@ -451,14 +453,15 @@ def train(args: Args):
                 value_loss = 0.5 * ((agent.get_value(b_obs[mb_inds]) - b_returns[mb_inds]) ** 2).mean()
                 loss, trained = 0.5 * value_loss, critic_parameters
                 if train_policy:
-                    _, new_logprob, entropy = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
+                    _, new_logprob, entropy, mean_action = agent.get_action_and_logprob(b_obs[mb_inds], b_actions[mb_inds])
                     logratio = new_logprob - b_logprobs[mb_inds]
                     ratio = logratio.exp()
                     mb_advantages = b_advantages[mb_inds]
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                     clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
                     policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
-                    loss, trained = loss + policy_loss, parameters
+                    action_l2 = args.action_l2 * mean_action.square().sum(1).mean()
+                    loss, trained = loss + policy_loss + action_l2, parameters
                     with torch.no_grad():
                         approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
                         clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
