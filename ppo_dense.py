@@ -89,8 +89,8 @@ class PPOArgs:
     """Adam's step size, at first; None: 3e-4 on a GPU, 2e-4 on a CPU"""
     anneal_lr: bool = False
     """lower the step size in proportion to what is left of the run"""
-    gamma: float = 0.8
-    """discount factor per step"""
+    gamma: Optional[float] = None
+    """discount factor per step; None: 0.8 on a GPU, 0.9 on a CPU"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2
@@ -121,7 +121,7 @@ class Args(StopArgs, PPOArgs, RunArgs):
 
 
 GPU_CPU_DEFAULTS = dict(num_envs=(1024, 64), num_steps=(50, 25), num_iterations=(100, 1000), num_minibatches=(32, 4),
-                        learning_rate=(3e-4, 2e-4), target_kl=(0.1, 0.03), action_l2=(0.0, 0.005))
+                        learning_rate=(3e-4, 2e-4), gamma=(0.8, 0.9), target_kl=(0.1, 0.03), action_l2=(0.0, 0.005))
 
 
 def layer_init(layer, std=2**0.5):

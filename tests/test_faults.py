@@ -136,7 +136,7 @@ def test_kill_stage_1(tmp_path, seed):
 
 def test_kill_stage_2(data, tmp_path, seed):
     """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
-    args = ["--num-procs", "2", "--input-size", "64", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
+    args = ["--num-procs", "2", "--input-size", "32", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
             "--early-stopping-patience", "99", "--epochs", 6 + 2 * KILLS]
     whole = start("train_reward_resnet", tmp_path, *args, "--save-dir", "whole")
     out, err = whole.communicate(timeout=600)
@@ -229,7 +229,7 @@ def test_a_rank_that_loses_another_says_so(tmp_path):
 def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
     """Exit code 0, a checkpoint, and a printed command that really goes on. (Stage 1: test_collect.py.)"""
     if script == "train_reward_resnet":
-        args = ["--num-procs", "2", "--input-size", "64", "--epochs", "12"]
+        args = ["--num-procs", "2", "--input-size", "32", "--epochs", "12"]
     else:
         args = [*PPO, "--num-iterations", "12"]
     if script == "ppo_resnet_reward":
@@ -258,7 +258,7 @@ def test_a_signal_to_torchrun_ends_a_run_in_order(data, tmp_path, script):
     """torchrun hands the signal on: the ranks leave a checkpoint and say how to go on. (torchrun's own exit code is 1.)"""
     args = [*PPO[2:], "--num-iterations", "1000", "--save-interval", "1000"]
     if script == "train_reward_resnet":
-        args = ["--input-size", "64", "--epochs", "1000"]
+        args = ["--input-size", "32", "--epochs", "1000"]
     process = start(script, tmp_path, *args, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
     deadline = time.time() + 120
     while not list(tmp_path.glob("logs/*/events*")) and time.time() < deadline:
