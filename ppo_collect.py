@@ -138,13 +138,11 @@ class FrameArgs:
     image_size: int = 224
     """side of the square frames in pixels (stages 2 and 4 must match)"""
     camera: Optional[Literal["goal", "workspace", "task"]] = None
-    """views of the frames: two that move with the goal, two that stand and see the workspace, as a robot could have them, or
-    the task's own camera of ManiSkill (stage 4 must match); None: goal where the task has a goal_site, else task"""
+    """two views that move with the goal, two that stand, or the task's own (stage 4 must match); None: goal, else task"""
     show_goal_site: bool = True
     """show the green goal sphere in the frames (stage 4 must match)"""
     meshes: Optional[Literal["light", "stock"]] = None
-    """the robot's and the ground's: stock, or with a tenth of the triangles, which look nearly the same and render twice
-    as fast on a CPU (stage 4 must match); None: stock on a GPU, light on a CPU"""
+    """of robot and ground; light: a tenth of the triangles (stage 4 must match); None: stock on a GPU, light on a CPU"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
     """what stage 4 may score with this data: frames that end an episode, or every frame (stage 4 must match)"""
 

@@ -146,8 +146,7 @@ class RewardArgs:
     critic_warmup: int = 10
     """global steps at first that train the critic alone: that of stage 3 expects another reward"""
     done_by: Literal["simulator", "resnet", "time"] = "simulator"
-    """who ends an episode before its time is up: the simulator, when it sees success; the ResNet, when it calls a frame done,
-    as a robot would have to: then nothing of the simulator's verdict is left in training; or nobody"""
+    """who ends episodes early: the simulator when it sees success, the ResNet when it calls a frame done, or nobody"""
     score_every: Optional[int] = None
     """with --done-by resnet: steps of an episode between two frames that it looks at; None: 1 on a GPU, 5 on a CPU"""
     ignore_terminations: bool = False

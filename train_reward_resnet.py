@@ -112,8 +112,7 @@ class TrainingArgs:
     final_weight: float = 2.0
     """weight in the loss of frames that end an episode, which are what stage 4 scores (others weigh 1)"""
     to_goal_weight: float = 2.0
-    """weight of a second loss, the mean absolute error in cm of the vector from the cube to the goal, which index.csv knows of
-    PickCube, while they are less than 8 cm apart; 0: learn from the labels alone"""
+    """weight of the mean error (cm) of the vector from cube to goal, which index.csv of PickCube knows; 0: labels alone"""
 
 
 @dataclass
