@@ -136,6 +136,22 @@ def test_dense_stops_once_it_succeeds(tmp_path):
         assert scalars(tmp_path / "dense")["charts/learning_rate"][last] == pytest.approx(1e-6)
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("ppo_dense", ["--num-iterations", "102", "--stop-at-success", "None"]),
+    ("ppo_resnet_reward", ["--num-iterations", "2", "--oracle", "--critic-warmup", "0"])])
+def test_a_large_action_l2_makes_small_actions(tmp_path, script, flags):
+    size = []
+    for weight in ("0", "1"):
+        folder = dense_checkpoint(tmp_path / weight)
+        run(script, tmp_path / weight, "--resume-dir", folder, *flags, "--learning-rate", "1e-3", "--action-l2", weight)
+        last = max((tmp_path / weight).glob("**/checkpoint.pt"), key=os.path.getmtime)
+        agent = load_policy()
+        agent.load_state_dict(torch.load(last, weights_only=True)["agent"])
+        obs = agent.obs_mean + agent.obs_std * torch.randn((1000, 42), generator=torch.Generator().manual_seed(0))
+        size.append(agent.get_mean_action(obs).square().sum(1).mean().item())
+    assert size[1] < 0.8 * size[0], size
+
+
 def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
     """Every rendered picture is counted inside ManiSkill: as many as episodes ended. With `always`: as many as env steps."""
     random_reward_model(tmp_path / "model.pt")
