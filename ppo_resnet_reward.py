@@ -962,23 +962,25 @@ def evaluate(agent, envs, num_videos: int = 0):
     Returns:
         metrics: success_once (at any step), success_at_end (in the last step), episode_len (steps until the first success
             or the time-out), return (sum of rewards until then): means over the episodes of all ranks.
-        video: (max_episode_steps, H, W, 3) uint8 of the first `num_videos` scenes side by side, or None.
+        video: (max_episode_steps, H, W, 3) uint8, `num_videos` scenes side by side; None without, and on ranks other than 0.
+            Every rank films its share of them.
     """
     first_seed = 1_000_000 + RANK * envs.num_envs
     obs, _ = envs.reset(seed=list(range(first_seed, first_seed + envs.num_envs)))
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
-    video = []
+    filmed, frames = torch.arange(len(range(RANK, num_videos, WORLD_SIZE)), device=envs.device), []
     for _ in range(envs.max_episode_steps):
         obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
         episode_len += ~once
         episode_return += reward * ~once
         once |= info["success"]
-        if num_videos:
-            video.append(torch.cat(list(envs.render_frames(torch.arange(num_videos, device=envs.device))), 1).cpu().numpy())
+        if len(filmed):
+            frames.append(torch.cat(list(envs.render_frames(filmed)), 1).cpu().numpy())
     means = all_reduce_sum(torch.stack([once, info["success"], episode_len, episode_return]).mean(1)) / WORLD_SIZE
     names = ("success_once", "success_at_end", "episode_len", "return")
-    return dict(zip(names, means.tolist())), np.stack(video) if video else None
+    films = [film for film in gather_all(np.stack(frames) if frames else None) if film is not None]
+    return dict(zip(names, means.tolist())), np.concatenate(films, 2) if films and RANK == 0 else None
 
 
 def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, env_steps: int) -> float:
@@ -987,7 +989,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
     Returns:
         success_once, on every rank.
     """
-    metrics, video = evaluate(agent, envs, min(4, envs.num_envs) if args.capture_video and RANK == 0 else 0)
+    metrics, video = evaluate(agent, envs, min(4, WORLD_SIZE * envs.num_envs) if args.capture_video else 0)
     if RANK > 0:
         return metrics["success_once"]
     for name, value in metrics.items():
@@ -1000,7 +1002,7 @@ def log_evaluation(agent, envs, args, run_dir: Path, writer, global_step: int, e
         path, gif = run_dir / "videos" / f"global_step_{global_step}.mp4", io.BytesIO()
         path.parent.mkdir(exist_ok=True)
         imageio.mimwrite(path, video, fps=20, macro_block_size=1)  # the control frequency
-        imageio.mimwrite(gif, video, format="GIF", duration=50, loop=0)
+        imageio.mimwrite(gif, video[::2], format="GIF", duration=100, loop=0)
         image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3, encoded_image_string=gif.getvalue())
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
         said += f", {path}"
