@@ -241,8 +241,8 @@ def test_nothing_privileged(tmp_path, monkeypatch):
 
     def train(name):
         args = Args(done_by="resnet", score_every=5, threshold=0.515, resume_dir=str(dense), reward_checkpoint=str(model),
-                    gamma=0.9, num_envs=4, num_steps=25, num_minibatches=2, num_iterations=2, num_eval_envs=2, critic_warmup=1,
-                    capture_video=False, sim_backend="physx_cpu", log_dir=str(tmp_path / name))
+                    gamma=0.9, action_l2=0.005, num_envs=4, num_steps=25, num_minibatches=2, num_iterations=2, num_eval_envs=2,
+                    critic_warmup=1, capture_video=False, sim_backend="physx_cpu", log_dir=str(tmp_path / name))
         ppo_resnet_reward.train(args)
         [run_dir] = (tmp_path / name).iterdir()
         return torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)["agent"], scalars(run_dir)
