@@ -128,7 +128,7 @@ def draw(curves: dict, title: str, path: Path):
     axes[0].axhline(0.95, color="0.7", lw=0.8, zorder=0)
     axes[0].set(ylabel="eval/success_once", ylim=(0, 1.02), title=title)
     axes[1].set(ylabel="eval/episode_len", xlabel="million env steps", ylim=(0, None), xlim=(0, None))
-    axes[0].legend(title="seed", ncols=5, fontsize=8)
+    axes[1].legend(title="seed", ncols=5, fontsize=8, loc="lower left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
