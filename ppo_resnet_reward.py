@@ -101,8 +101,7 @@ class PPOArgs:
     anneal_lr: Optional[bool] = None
     """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: Optional[float] = None
-    """discount factor per step, nearer to 1 than in stage 3, since the reward comes only at the end; None: 0.95, or 0.99 with
-    --done-by time, where the end is 50 steps away"""
+    """discount factor per step, near 1, since the reward comes at the end; None: 0.95, or 0.99 with --done-by time"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
     clip_coef: float = 0.2
