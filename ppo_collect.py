@@ -908,21 +908,27 @@ def evaluate(agent, envs, num_videos: int = 0):
     Returns:
         metrics: success_once (at any step), success_at_end (in the last step), episode_len (steps until the first success
             or the time-out), return (sum of rewards until then): means over the episodes of all ranks.
-        video: (max_episode_steps, H, W, 3) uint8, `num_videos` scenes side by side; None without, and on ranks other than 0.
-            Every rank films its share of them.
+        video: (max_episode_steps, H, W, 3) uint8, `num_videos` scenes side by side, each until its first success, then
+            still and framed in green; None without, and on ranks other than 0. Every rank films its share of them.
     """
     first_seed = 1_000_000 + RANK * envs.num_envs
     obs, _ = envs.reset(seed=list(range(first_seed, first_seed + envs.num_envs)))
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
-    filmed, frames = torch.arange(len(range(RANK, num_videos, WORLD_SIZE)), device=envs.device), []
+    filmed, shown, frames = torch.arange(len(range(RANK, num_videos, WORLD_SIZE)), device=envs.device), None, []
     for _ in range(envs.max_episode_steps):
         obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
         episode_len += ~once
         episode_return += reward * ~once
+        going = filmed[~once[filmed]]
         once |= info["success"]
+        if len(going):
+            new = envs.render_frames(going)
+            shown = new if shown is None else shown.index_copy(0, going, new)
+            for edge in (shown[:, :4], shown[:, -4:], shown[:, :, :4], shown[:, :, -4:]):
+                edge[once[filmed]] = torch.tensor([0, 200, 0], dtype=torch.uint8, device=shown.device)
         if len(filmed):
-            frames.append(torch.cat(list(envs.render_frames(filmed)), 1).cpu().numpy())
+            frames.append(torch.cat(list(shown), 1).cpu().numpy())
     means = all_reduce_sum(torch.stack([once, info["success"], episode_len, episode_return]).mean(1)) / WORLD_SIZE
     names = ("success_once", "success_at_end", "episode_len", "return")
     films = [film for film in gather_all(np.stack(frames) if frames else None) if film is not None]
