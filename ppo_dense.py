@@ -795,8 +795,8 @@ def evaluate(agent, envs, num_videos: int = 0):
         going = filmed[~once[filmed]]
         once |= info["success"]
         if len(going):
-            new = envs.render_frames(going)
-            shown = new if shown is None else shown.index_copy(0, going, new)
+            pictures = envs.render_frames(going)
+            shown = pictures if shown is None else shown.index_copy(0, going, pictures)
             for edge in (shown[:, :4], shown[:, -4:], shown[:, :, :4], shown[:, :, -4:]):
                 edge[once[filmed]] = torch.tensor([0, 200, 0], dtype=torch.uint8, device=shown.device)
         if len(filmed):
