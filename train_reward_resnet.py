@@ -42,6 +42,7 @@ import torch.nn as nn
 import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
+from torch.optim.swa_utils import update_bn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -82,7 +83,7 @@ class ModelArgs:
     input_size: Optional[int] = None
     """side in pixels to which frames are scaled before the first layer; None: 224 on a GPU, 112 on a CPU"""
     bf16: Optional[bool] = None
-    """train in bfloat16 where that is safe; None: on a GPU, and on a CPU with AMX"""
+    """train in bfloat16 where that is safe; None: on a GPU, and on a CPU where it is faster"""
     pretrained: bool = False
     """start from ImageNet weights, downloaded by torchvision"""
 
@@ -371,6 +372,9 @@ def train(args: Args):
             new_losses[batch.to(device)] = losses.detach()
         if interrupted:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
             break
+        sample = torch.randperm(len(train_frames))[:1024].split(args.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # training saw more hard frames than there are
+            update_bn((augment(train_frames[batch].to(device), args) for batch in sample), model)
         if WORLD_SIZE > 1:
             for buffer in model.buffers():  # the statistics of batch normalisation
                 buffer.copy_(all_reduce_sum(buffer) / WORLD_SIZE)
@@ -550,9 +554,9 @@ def contract_differences(theirs: dict, ours: dict):
 
 @functools.cache
 def fast_bf16(device_type: str) -> bool:
-    """Whether bfloat16 is faster there than float32. A CPU needs AMX for that: AVX-512's instructions alone are slower."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return device_type == "cuda" or cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    """Whether bfloat16 is faster there than float32. A CPU needs AMX or AMD's AVX-512 for that: Intel's AVX-512 is slower."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device_type == "cuda" or "amx_bf16" in cpuinfo or "AuthenticAMD" in cpuinfo and "avx512_bf16" in cpuinfo
 
 
 def load_reward_model(path: str, device):

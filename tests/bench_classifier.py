@@ -2,7 +2,7 @@
 
     python tests/bench_classifier.py data
 
-1. One training step of ResNet-18 on 32 frames, in frames a second: memory layout, bfloat16 where the CPU has AMX,
+1. One training step of ResNet-18 on 32 frames, in frames a second: memory layout, bfloat16 where the CPU is faster with it,
    torch.compile, input size.
 2. Data: an epoch's worth of batches from uint8 memory, against a DataLoader that decodes the PNGs anew in every epoch.
 3. Inference.
