@@ -42,7 +42,6 @@ import torch.nn as nn
 import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
-from torch.optim.swa_utils import update_bn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -372,9 +371,6 @@ def train(args: Args):
             new_losses[batch.to(device)] = losses.detach()
         if interrupted:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
             break
-        sample = torch.randperm(len(train_frames))[:1024].split(args.batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):  # training saw more hard frames than there are
-            update_bn((augment(train_frames[batch].to(device), args) for batch in sample), model)
         if WORLD_SIZE > 1:
             for buffer in model.buffers():  # the statistics of batch normalisation
                 buffer.copy_(all_reduce_sum(buffer) / WORLD_SIZE)
