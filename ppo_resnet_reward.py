@@ -405,8 +405,9 @@ def train(args: Args):
                       said & episode_once[scored], said * steps_late[scored]]
             audit += (counted * torch.stack(counts)).sum(1)
 
-            # Frames that it got wrong, one an episode: the next ones look the same
-            wrong = ((said != success) & ~episode_wrong[scored]).nonzero().squeeze(-1)
+            # Frames that it got wrong, one an episode: the next ones look the same. Not those with the cube at the goal and
+            # the robot still moving, which a picture cannot tell from success: as failures they would teach against success
+            wrong = ((said != success) & (success == at_goal) & ~episode_wrong[scored]).nonzero().squeeze(-1)
             if len(wrong) and not args.oracle:
                 episode_wrong[scored[wrong]] = True
                 rows = describe(scored[wrong], current_obs, info, done, args, global_step, env_steps,

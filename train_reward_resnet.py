@@ -259,6 +259,12 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def class_weights(labels):
+    """(M,) bool -> (M,) float32, 1 on average, with which the rarer class weighs as much as the other: else a model that has
+    seen a thousand false positives for every success would never again say done."""
+    return torch.from_numpy(np.where(labels, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))).float()
+
+
 def load_frames(files, contract: dict, model, progress: str):
     """Decode this rank's pictures once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU.
 
@@ -322,6 +328,7 @@ def train(args: Args):
     train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
     train_weights = 1 + (args.final_weight - 1) * torch.from_numpy(kinds[KINDS[0]][train_idx[RANK::WORLD_SIZE]]).float()
+    train_weights *= class_weights(labels[train_idx])[RANK::WORLD_SIZE]
     frame_losses = torch.full((len(train_idx[RANK::WORLD_SIZE]),), torch.inf)  # of each frame when it was shown last
     sizes = [len(train_idx), len(val_idx)]
     if RANK == 0:
@@ -382,7 +389,8 @@ def train(args: Args):
         all_losses = torch.from_numpy(join(frame_losses))
         train_loss = all_losses.mean().item()
         probs = torch.from_numpy(join(model.predict(val_frames)))
-        val_loss = nn.functional.binary_cross_entropy(probs, torch.from_numpy(labels[val_idx]).float()).item()
+        val_loss = nn.functional.binary_cross_entropy(
+            probs, torch.from_numpy(labels[val_idx]).float(), class_weights(labels[val_idx])).item()
         if not np.isfinite([train_loss, val_loss]).all():
             fail(f"the loss is no longer finite in epoch {epoch}; continue with --resume and a smaller --lr")
 

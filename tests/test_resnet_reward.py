@@ -185,6 +185,21 @@ def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
             assert row["is_final"] == "1" or mode == "always"
 
 
+def test_ambiguous_frames_are_no_mistakes(tmp_path):
+    """A ResNet that always says done ends episodes while the robot still moves: no failures to train on."""
+    model = random_reward_model(tmp_path / "model.pt")
+    run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path), "--reward-checkpoint", model, "--threshold",
+        "0.0", "--num-iterations", "1", "--num-envs", "16", "--done-by", "resnet", "--score-every", "20", "--save-mistakes",
+        "mistakes")
+    metrics = scalars(next(tmp_path.glob("logs/*-ppo_resnet_reward")))
+    ends = metrics["reward_model/scored_frames"][1]
+    not_there, failures = (round(ends * (1 - metrics[f"reward_model/{name}"][1])) for name in (
+        "precision_cube_at_goal", "precision"))
+    with open(tmp_path / "mistakes/index.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert 0 < len(rows) == not_there < failures and {row["is_obj_placed"] for row in rows} == {"0"}
+
+
 def test_stage_4_continues(tmp_path):
     """From stage 3: the weights, Adam's moments of the actor, and a critic that warms up while the actor stands still. From
     its own: on."""

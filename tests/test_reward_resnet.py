@@ -15,7 +15,7 @@ from PIL import Image
 from test_env import ROOT
 
 import train_reward_resnet
-from train_reward_resnet import augment, load_reward_model, read_data, score, split_by_episode
+from train_reward_resnet import augment, class_weights, load_reward_model, read_data, score, split_by_episode
 
 SMALL = ["--input-size", "48", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
@@ -52,6 +52,13 @@ def test_learns_easy_frames(data, tmp_path):
     (tmp_path / "other/metadata.json").write_text(json.dumps(dict(contract, control_mode="pd_ee_delta_pose", shader="rt")))
     _, err = run(tmp_path, "--evaluate", "reward_checkpoints/best_model.pt", "--data-path", "other", code=2)
     assert "control_mode is pd_joint_delta_pos there and pd_ee_delta_pose here" in err and "shader is minimal there" in err
+
+
+def test_rare_class_weighs_as_much_as_the_other():
+    labels = np.array([True] * 30 + [False] * 970)
+    weights = class_weights(labels).numpy()
+    assert weights[labels].sum() == pytest.approx(weights[~labels].sum()) == pytest.approx(500)
+    assert (class_weights(np.array([True, False] * 5)) == 1).all()
 
 
 def test_resumed_training_gives_the_same_weights(data, tmp_path):
