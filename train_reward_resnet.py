@@ -260,8 +260,8 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
 
 
 def class_weights(labels):
-    """(M,) bool -> (M,) float32, 1 on average, with which the rarer class weighs as much as the other: else a model that has
-    seen a thousand false positives for every success would never again say done."""
+    """(M,) bool -> (M,) float32, 1 on average, with which the rarer class weighs as much as the other: a folder of mistakes
+    may hold nearly nothing but failures, which must not outvote the successes."""
     return torch.from_numpy(np.where(labels, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))).float()
 
 

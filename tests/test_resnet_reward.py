@@ -186,7 +186,7 @@ def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
 
 
 def test_ambiguous_frames_are_no_mistakes(tmp_path):
-    """A ResNet that always says done ends episodes while the robot still moves: no failures to train on."""
+    """A ResNet that always says done ends episodes while the robot still moves: those frames are not filed as failures."""
     model = random_reward_model(tmp_path / "model.pt")
     run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path), "--reward-checkpoint", model, "--threshold",
         "0.0", "--num-iterations", "1", "--num-envs", "16", "--done-by", "resnet", "--score-every", "20", "--save-mistakes",
