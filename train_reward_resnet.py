@@ -90,7 +90,7 @@ class ModelArgs:
 @dataclass
 class TrainingArgs:
     epochs: Optional[int] = None
-    """passes over the frames at most; None: 100 on a GPU, 22 on a CPU"""
+    """passes over the frames at most; None: 100 on a GPU, 20 on a CPU"""
     batch_size: Optional[int] = None
     """frames of all ranks together in one step; None: 64 on a GPU, 32 on a CPU"""
     lr: Optional[float] = None
@@ -108,7 +108,7 @@ class TrainingArgs:
     color_jitter: float = 0.2
     """augmentation: change brightness and contrast by up to this share"""
     easy_loss: float = 0.01
-    """a frame whose loss was below this the last time is shown in every third epoch only; 0: in all of them"""
+    """a frame whose loss was below this the last time is shown in every sixth epoch only; 0: in all of them"""
     final_weight: float = 2.0
     """weight in the loss of frames that end an episode, which are what stage 4 scores (others weigh 1)"""
     to_goal_weight: float = 2.0
@@ -259,10 +259,15 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def class_weights(labels):
-    """(M,) bool -> (M,) float32, 1 on average, with which the rarer class weighs as much as the other: a folder of mistakes
-    may hold nearly nothing but failures, which must not outvote the successes."""
-    return torch.from_numpy(np.where(labels, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))).float()
+def frame_weights(labels, final, final_weight: float):
+    """Weights in the loss: (M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32.
+
+    Frames that end an episode weigh `final_weight` times as much as others. Then each class has half of the sum: successes
+    are all ends, failures few, a folder of mistakes may hold nothing but failures, and neither class may outvote the other.
+    """
+    weights = np.where(final, final_weight, 1.0)
+    successes = weights[labels].sum() / weights.sum()
+    return torch.from_numpy(weights * np.where(labels, 0.5 / successes, 0.5 / (1 - successes))).float()
 
 
 def load_frames(files, contract: dict, model, progress: str):
@@ -327,8 +332,9 @@ def train(args: Args):
     train_labels = torch.from_numpy(labels[train_idx[RANK::WORLD_SIZE]]).float()
     train_cm = torch.from_numpy(100 * to_goal[train_idx[RANK::WORLD_SIZE]])  # (M, 3)
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
-    train_weights = 1 + (args.final_weight - 1) * torch.from_numpy(kinds[KINDS[0]][train_idx[RANK::WORLD_SIZE]]).float()
-    train_weights *= class_weights(labels[train_idx])[RANK::WORLD_SIZE]
+    train_weights, val_weights = (frame_weights(labels[idx], kinds[KINDS[0]][idx], args.final_weight)
+                                  for idx in (train_idx, val_idx))
+    train_weights = train_weights[RANK::WORLD_SIZE]
     frame_losses = torch.full((len(train_idx[RANK::WORLD_SIZE]),), torch.inf)  # of each frame when it was shown last
     sizes = [len(train_idx), len(val_idx)]
     if RANK == 0:
@@ -357,7 +363,7 @@ def train(args: Args):
         model.train()
         order = torch.randperm(len(train_frames))
         easy = frame_losses[order] < args.easy_loss
-        order = order[~easy | (easy.cumsum(0) % 3 == 1)]
+        order = order[~easy | (easy.cumsum(0) % 6 == 1)]
         shown = int(all_reduce_sum(torch.tensor(len(order))))
         batches = order.tensor_split(max(1, shown // args.batch_size))  # as many on every rank
         new_losses = frame_losses.to(device, copy=True)  # an interrupted epoch changes nothing
@@ -390,7 +396,7 @@ def train(args: Args):
         train_loss = all_losses.mean().item()
         probs = torch.from_numpy(join(model.predict(val_frames)))
         val_loss = nn.functional.binary_cross_entropy(
-            probs, torch.from_numpy(labels[val_idx]).float(), class_weights(labels[val_idx])).item()
+            probs, torch.from_numpy(labels[val_idx]).float(), val_weights / val_weights.mean()).item()
         if not np.isfinite([train_loss, val_loss]).all():
             fail(f"the loss is no longer finite in epoch {epoch}; continue with --resume and a smaller --lr")
 
@@ -852,7 +858,7 @@ def check_training_args(args) -> int:
     args.cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = fast_bf16("cuda" if args.cuda else "cpu")
-    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 22,
+    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 20,
                               batch_size=64 if args.cuda else 32, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
