@@ -1,14 +1,16 @@
-"""Stage 1: train PPO on a task's dense reward and save labelled frames for the reward model.
+"""Stage 1: train PPO on a task's dense reward and save labelled frames.
 
-    writes  data/success/0001.png ..., data/failure/0001.png ...   224x224 RGB, the folder is the label
-            data/metadata.json   how the frames were made; stages 2 and 4 refuse data and models that do not match
-            data/index.csv       a row a frame: episode, step, distance of the cube to the goal, ...
-            data/preview.png     random frames of both classes
-            logs/<timestamp>-ppo_collect/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+    writes  data/success/0001.png ...  224x224 RGB; the folder is the label
+            data/failure/0001.png ...
+            data/metadata.json  how they were made; stages 2 and 4 want the same
+            data/index.csv      a row a frame: episode, step, cube_to_goal, ...
+            data/preview.png    random frames of both classes
+            logs/<timestamp>-ppo_collect/  TensorBoard events, args.json,
+                                videos/, checkpoints/global_step_<N>/
 
-    python ppo_collect.py --target-success 5000       # on the GPU if there is one, else one process a core
-    torchrun --nproc-per-node=8 ppo_collect.py        # eight GPUs
-    python ppo_collect.py --resume-dir logs/<run>     # go on where an interrupted run stopped
+    python ppo_collect.py --target-success 5000    # on a GPU if there is one
+    torchrun --nproc-per-node=8 ppo_collect.py     # on eight
+    python ppo_collect.py --resume-dir logs/<run>  # go on where a run stopped
 """
 import atexit
 import contextlib

@@ -1,11 +1,12 @@
-"""Stage 3: train PPO on a task's dense reward until it succeeds; stage 4 goes on from there.
+"""Stage 3: train PPO on a task's dense reward until it succeeds, for stage 4.
 
-    writes  logs/<timestamp>-ppo_dense/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+    writes  logs/<timestamp>-ppo_dense/  TensorBoard events, args.json, videos/,
+                                         checkpoints/global_step_<N>/
 
-    python ppo_dense.py                               # on the GPU if there is one, else one process a core
-    torchrun --nproc-per-node=8 ppo_dense.py          # eight GPUs
-    python ppo_dense.py --env-id PushCube-v1          # another ManiSkill task
-    python ppo_dense.py --resume-dir logs/<run>       # go on where an interrupted run stopped
+    python ppo_dense.py                          # on a GPU if there is one
+    torchrun --nproc-per-node=8 ppo_dense.py     # on eight
+    python ppo_dense.py --env-id PushCube-v1     # another ManiSkill task
+    python ppo_dense.py --resume-dir logs/<run>  # go on where a run stopped
     python ppo_dense.py --resume-dir logs/<run> --evaluate
 """
 import atexit

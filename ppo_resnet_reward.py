@@ -1,14 +1,18 @@
-"""Stage 4: go on training the policy of stage 3 with the ResNet of stage 2 as its only reward.
+"""Stage 4: train stage 3's policy on with stage 2's ResNet as its only reward.
 
-    reads   reward_checkpoints/best_model.pt   and a checkpoint of ppo_dense.py or of its own
-    writes  logs/<timestamp>-ppo_resnet_reward/   TensorBoard events, args.json, videos/, checkpoints/global_step_<N>/
+    reads   reward_checkpoints/best_model.pt, a checkpoint of ppo_dense.py
+    writes  logs/<timestamp>-ppo_resnet_reward/  TensorBoard events, args.json,
+                                         videos/, checkpoints/global_step_<N>/
 
-    python ppo_resnet_reward.py --resume-dir logs/<run>/checkpoints/global_step_400
+    python ppo_resnet_reward.py --resume-dir logs/<run of ppo_dense.py>
     torchrun --nproc-per-node=8 ppo_resnet_reward.py --resume-dir ...
-    python ppo_resnet_reward.py --resume-dir ... --done-by resnet         # not even the ends of episodes are privileged
-    python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes # frames to train the ResNet on again
+    python ppo_resnet_reward.py --resume-dir ... --done-by resnet
+            the ResNet ends episodes too: nothing of the simulator's is used
+    python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes
+            frames to train the ResNet on again
 
-The reward is the function `resnet_reward`. The simulator's verdict ends episodes (but see --done-by) and audits the ResNet.
+The reward is the function `resnet_reward`. The simulator's verdict ends
+episodes (but see --done-by) and audits the ResNet.
 """
 import atexit
 import contextlib

@@ -1,19 +1,21 @@
-"""Stage 2: train a ResNet that looks at a frame and says whether the task is done. It will be the reward of stage 4.
+"""Stage 2: train a ResNet to say of a frame whether the task is done.
 
-    reads   data/success/*.png, data/failure/*.png, data/metadata.json, data/index.csv    written by ppo_collect.py,
-            or just your own pictures in data/success/ and data/failure/: PNG or JPEG, of any size
-    writes  reward_checkpoints/best_model.pt    the model with the lowest loss on held-out episodes, and the data's contract
-            reward_checkpoints/last_model.pt    where --resume goes on
-            reward_checkpoints/report.json      accuracy, precision, recall, ... on held-out episodes, by kind of frame
-            reward_checkpoints/report.csv       the probability of each of their frames
-            reward_checkpoints/mistakes.png     the worst mistakes on them
-            logs/<timestamp>-train_reward_resnet/    TensorBoard events, args.json
+    reads   data/success/, data/failure/, data/metadata.json, data/index.csv
+            of ppo_collect.py; or just your own pictures in the two folders:
+            PNG or JPEG, of any size
+    writes  reward_checkpoints/best_model.pt  lowest loss on held-out episodes:
+                                              the reward model of stage 4
+            reward_checkpoints/last_model.pt  where --resume goes on
+            reward_checkpoints/report.json    accuracy, precision, recall, ...
+            reward_checkpoints/report.csv     the probability of every frame
+            reward_checkpoints/mistakes.png   the worst mistakes
+            logs/<timestamp>-train_reward_resnet/  TensorBoard events, args.json
 
-    python train_reward_resnet.py                     # on the GPU if there is one
+    python train_reward_resnet.py                  # on a GPU if there is one
     torchrun --nproc-per-node=8 train_reward_resnet.py
-    python train_reward_resnet.py --resume            # go on where an interrupted training stopped
-    python train_reward_resnet.py --evaluate reward_checkpoints/best_model.pt --data-path other_data
-            writes report_other_data.json, report_other_data.csv with a probability a file, and mistakes_other_data.png
+    python train_reward_resnet.py --resume         # go on where a run stopped
+    python train_reward_resnet.py --evaluate <model.pt> --data-path more
+            writes report_more.json, report_more.csv and mistakes_more.png
 """
 import atexit
 import contextlib
