@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {1: "ppo_collect", 2: "train_reward_resnet", 3: "ppo_dense", 4: "ppo_resnet_reward"}
-LAST = 20  # global steps of stage 4 over which its metrics are averaged
+LAST = 20  # global steps of stage 4 over which its metrics are averaged, as over the first 10
 
 
 class Pipeline:
@@ -93,7 +93,9 @@ class Pipeline:
             metrics[stage] = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
         def policy(stage):
-            for tag in ("charts/env_steps", "eval/success_once", "eval/episode_len"):
+            if stage < 4:
+                rows[f"stage {stage}: env steps"] = metrics[stage]["charts/env_steps"][-1]
+            for tag in ("eval/success_once", "eval/episode_len"):
                 rows[f"stage {stage}: `{tag}`"] = metrics[stage][tag][-1]
             rows[f"stage {stage}: minutes"] = seconds[str(stage)] / 60
 
@@ -102,15 +104,13 @@ class Pipeline:
             if (self.folder / file).exists():
                 report = json.loads((self.folder / file).read_text())
                 rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
-                final = report["kinds"]["ends an episode"]
-                rows[f"stage 2, {name}: frames that end an episode, accuracy"] = final["accuracy"]
-                rows[f"stage 2, {name}: false positives among these"] = final["false_positive_rate"]
+                for kind in ("ends an episode", "near miss"):
+                    rows[f"stage 2, {name}: {kind}"] = report["kinds"][kind]["accuracy"]
+                rows[f"stage 2, {name}: false positives of ends"] = report["kinds"]["ends an episode"]["false_positive_rate"]
         rows["stage 2: minutes"] = seconds["2"] / 60
         policy(3)
-        for tag in ("env/success_once", "env/episode_len"):
-            rows[f"stage 4: `{tag}`, first 10 global steps"] = statistics.mean(metrics[4][tag][:10])
-            rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[4][tag][-LAST:])
-        for tag in ("reward_model/precision", "reward_model/recall", "reward_model/precision_cube_at_goal"):
+        for tag in ("env/success_once", "env/episode_len", "reward_model/precision", "reward_model/recall"):
+            rows[f"stage 4: `{tag}`, first 10"] = statistics.mean(metrics[4][tag][:10])
             rows[f"stage 4: `{tag}`, last {LAST}"] = statistics.mean(metrics[4][tag][-LAST:])
         policy(4)
         rows["minutes in all"] = sum(value for key, value in seconds.items() if key.isdigit()) / 60
@@ -131,15 +131,15 @@ def machine() -> str:
 def table(results: dict) -> str:
     """Markdown: a row a figure, of one seed, or min, median and max over seeds."""
     def show(row, value):
-        return f"{value:,.0f}" if "env_steps" in row else f"{value:.1f}" if "minutes" in row or value > 1 else f"{value:.3f}"
+        return f"{value:,.0f}" if "env steps" in row else f"{value:.1f}" if "minutes" in row or value > 1 else f"{value:.3f}"
 
     several = len(results) > 1
-    lines = ["| | " + (" | ".join(["min", "median", "max"]) if several else f"seed {next(iter(results))}") + " |"]
-    lines.append("|---" * (4 if several else 2) + "|")
+    names = ["min", "median", "max"] if several else [f"seed {seed}" for seed in results]
+    lines = ["||" + "|".join(names) + "|", "|---" * (len(names) + 1) + "|"]
     for row in next(iter(results.values())):
         values = [found[row] for found in results.values() if found.get(row) is not None]
         picks = [min, statistics.median, max] if several else [min]
-        lines.append(f"| {row} | " + " | ".join(show(row, pick(values)) if values else "" for pick in picks) + " |")
+        lines.append(f"|{row}|" + "|".join(show(row, pick(values)) if values else "" for pick in picks) + "|")
     return "\n".join(lines)
 
 
