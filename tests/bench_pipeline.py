@@ -100,7 +100,7 @@ class Pipeline:
             rows[f"stage {stage}: minutes"] = seconds[str(stage)] / 60
 
         policy(1)
-        for name, file in (("held out", "reward_checkpoints/report.json"), ("next seed's frames", "fresh/report_data.json")):
+        for name, file in (("held out", "reward_checkpoints/report.json"), ("fresh", "fresh/report_data.json")):
             if (self.folder / file).exists():
                 report = json.loads((self.folder / file).read_text())
                 rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
