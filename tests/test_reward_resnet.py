@@ -140,11 +140,11 @@ def own_pictures(data, folder):
 def test_own_pictures(data, tmp_path):
     """Two folders of anybody's pictures, one command: a classifier and a metadata.json; stage 4 refuses it with the reason."""
     pictures = own_pictures(data, tmp_path / "pictures")
-    run(tmp_path, "--data-path", "pictures", "--epochs", "10")
+    run(tmp_path, "--data-path", "pictures", "--epochs", "16")
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
     assert report["accuracy"] > 0.95, report
     assert json.loads((pictures / "metadata.json").read_text()) == train_reward_resnet.PICTURES
-    out, _ = run(tmp_path, "--data-path", "pictures", "--epochs", "11", "--resume")
+    out, _ = run(tmp_path, "--data-path", "pictures", "--epochs", "17", "--resume")
     assert "is ready\n" in out
 
     # Turned pictures are seen as people see them
