@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {1: "ppo_collect", 2: "train_reward_resnet", 3: "ppo_dense", 4: "ppo_resnet_reward"}
-LAST = 20  # global steps of stage 4 over which its metrics are averaged, as over the first 10
+LAST = 20  # global steps over which stage 4's last metrics are averaged; its first over 10
 
 
 class Pipeline:
