@@ -1068,8 +1068,8 @@ def contract_differences(theirs: dict, ours: dict):
 CAMERAS = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
     goal=dict(left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
               right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17)),
-    workspace=dict(front=dict(pose=[1.2, 0.0, 0.42, 0.0, -0.09054, 0.0, 0.99589], fov=0.44),
-                   side=dict(pose=[0.0, 1.2, 0.42, 0.7042, 0.06402, 0.06402, -0.7042], fov=0.44)))
+    workspace=dict(left=dict(pose=[0.84853, 0.84853, 0.42, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.46),
+                   right=dict(pose=[0.84853, -0.84853, 0.42, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.46)))
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
            "is_obj_placed", "is_robot_static", "is_grasped")
 """of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the vector from the

@@ -109,6 +109,8 @@ class TrainingArgs:
     """augmentation: shift frames by up to this share of their side"""
     color_jitter: float = 0.2
     """augmentation: change brightness and contrast by up to this share"""
+    random_flip: Optional[bool] = None
+    """augmentation: flip half of the frames left to right; None: where the views mirror each other (goal, workspace)"""
     easy_loss: float = 0.01
     """a frame whose loss was below this the last time is shown in every sixth epoch only; 0: in all of them"""
     final_weight: float = 2.0
@@ -155,17 +157,23 @@ class RewardModel(nn.Module):
             return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
-def augment(frames, args):
-    """Shift whole frames, repeating their edges, and change their brightness and contrast: nothing moves the cube relative to
-    the goal. (B, S, S, 3) uint8 -> float32 in about [0, 255]."""
-    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(4, len(frames), device=frames.device) * 2 - 1
+def augment(frames, cm, args):
+    """Shift whole frames, repeating their edges, flip them left to right, which is the scene mirrored in y, and change their
+    brightness and contrast: nothing moves the cube relative to the goal.
+
+    (B, S, S, 3) uint8 frames, (B, 3) vectors from the cube to the goal -> the frames, float32 in about [0, 255]; the vectors.
+    """
+    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(5, len(frames), device=frames.device) * 2 - 1
+    side = torch.where(u[4] < 0, -1.0, 1.0) if args.random_flip else torch.ones_like(u[4])
     affine = torch.eye(2, 3, device=frames.device).repeat(len(frames), 1, 1)
+    affine[:, 0, 0] = side
     affine[:, :, 2] = 2 * args.random_shift * u[:2].T
     grid = nn.functional.affine_grid(affine, x.shape, align_corners=False)
     x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    brightness, contrast = (args.color_jitter * u[2:])[:, :, None, None, None]
+    brightness, contrast = (args.color_jitter * u[2:4])[:, :, None, None, None]
     mean = x.mean((1, 2, 3), keepdim=True)
-    return (x * (1 + contrast) + mean * (brightness - contrast)).permute(0, 2, 3, 1)
+    x = x * (1 + contrast) + mean * (brightness - contrast)
+    return x.permute(0, 2, 3, 1), torch.stack([cm[:, 0], cm[:, 1] * side, cm[:, 2]], 1)
 
 
 PICTURES = dict(format_version=2, source="pictures")
@@ -218,7 +226,8 @@ def read_folder(folder: Path):
             channels, height, width = contract["image_size"]
             if channels != 3 or not 32 <= min(height, width) <= max(height, width) <= 4096:
                 raise ValueError("image_size must be [3, height, width], of 32 to 4096 pixels")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            views_mirror(contract)  # can be read
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         fail(f"{metadata}: {type(error).__name__}: {str(error)[:100]}; it must say how the frames were made: collect them "
              "with ppo_collect.py, or name their folder with --data-path")
     rows = {}
@@ -247,6 +256,17 @@ def read_folder(folder: Path):
     episodes = np.array([row["episode"] for row in rows])
     files = [str(folder / name) for name in names]
     return files, labels, episodes, dict(zip(KINDS, kinds)), to_goal.astype(np.float32), contract
+
+
+def views_mirror(contract: dict) -> bool:
+    """Whether the views, from left to right, mirror each other in the plane y = 0, so that a frame flipped left to right is a
+    frame of the mirrored scene, and has the same label."""
+    views = list(contract["camera"].values())
+    poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # position, quaternion wxyz
+    others = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
+    turned = 1 - np.abs((poses * others)[:, 3:].sum(1))  # q and -q are the same
+    same = [[view["fov"], view.get("mount")] for view in views] == [[view["fov"], view.get("mount")] for view in views[::-1]]
+    return same and bool((np.abs(poses - others)[:, :3] < 1e-3).all() and (np.abs(turned) < 1e-3).all())
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
@@ -314,6 +334,8 @@ def train(args: Args):
     data = files, labels, episodes, kinds, to_goal, contract = read_data(args.data_path)
     device, stop_signals = join_ranks(args.cuda), catch_signals()
     torch.manual_seed(args.seed)
+    if args.random_flip is None:
+        args.random_flip = contract != PICTURES and views_mirror(contract)
     if args.evaluate:
         return evaluate_reward_model(args, device, data)
 
@@ -373,12 +395,12 @@ def train(args: Args):
             if step % 10 == 0 and any(gather_all(bool(stop_signals))):
                 interrupted = True
                 break
-            x = augment(train_frames[batch].to(device), args)
+            x, to_goal_cm = augment(train_frames[batch].to(device), train_cm[batch].to(device), args)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits, cm = model(x)
             losses = nn.functional.binary_cross_entropy_with_logits(
                 logits, train_labels[batch].to(device), reduction="none")
-            cm_error = (cm - train_cm[batch].to(device)).abs().mean(1).nan_to_num()  # NaN: not known
+            cm_error = (cm - to_goal_cm).abs().mean(1).nan_to_num()  # NaN: not known
             optimizer.zero_grad()
             (train_weights[batch].to(device) * losses + args.to_goal_weight * cm_error).mean().backward()
             average_gradients(parameters)

@@ -44,7 +44,7 @@ def training(frames, size, repeats, channels_last=True, bf16=False, compiled=Fal
     batch = model.scale(frames[:BATCH])
 
     def step():
-        x = augment(batch, Args())
+        x, _ = augment(batch, torch.zeros(BATCH, 3), Args())
         if not channels_last:
             x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -99,11 +99,11 @@ if __name__ == "__main__":
 
     def memory_epoch():
         for batch in torch.randperm(len(frames)).split(BATCH):
-            augment(frames[batch], Args())
+            augment(frames[batch], torch.zeros(len(batch), 3), Args())
 
     def png_epoch(workers):
         loader = torch.utils.data.DataLoader(PNGs(files), BATCH, shuffle=True, num_workers=workers)
-        return lambda: [augment(batch, Args()) for batch in loader]
+        return lambda: [augment(batch, torch.zeros(len(batch), 3), Args()) for batch in loader]
 
     print("batches alone, without the network, frames a second")
     print(f"  decoded once into memory      {rate(memory_epoch, len(files), 3):8.0f}")

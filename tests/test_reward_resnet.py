@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import run_script
 import torch
+from mani_skill.utils.structs import Pose
 from PIL import Image
-from test_env import ROOT
+from test_env import CAMERA, ROOT, make
 
 import train_reward_resnet
-from train_reward_resnet import augment, frame_weights, load_reward_model, read_data, score, split_by_episode
+from ppo_collect import CAMERAS
+from train_reward_resnet import augment, frame_weights, load_reward_model, read_data, score, split_by_episode, views_mirror
 
 SMALL = ["--input-size", "48", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2", "--num-procs", "1"]
 
@@ -232,13 +234,17 @@ def test_scores():
 
 
 def test_augmentation_moves_whole_frames():
-    """Two dots keep their distance and direction, wherever they go."""
+    """Two dots keep their distance and direction, wherever they go; flipped frames have flipped vectors."""
+    def augmented(**change):
+        return augment(frames, cm, train_reward_resnet.Args(**dict(dict(random_shift=0.0, color_jitter=0.0), **change)))
+
     torch.manual_seed(0)
-    still = dict(random_shift=0.0, color_jitter=0.0)
-    frames = torch.zeros(200, 64, 64, 3, dtype=torch.uint8)
+    frames, cm = torch.zeros(200, 64, 64, 3, dtype=torch.uint8), torch.tensor([[1.0, 2.0, 3.0]]).repeat(200, 1)
     frames[:, 24:27, 30:33], frames[:, 40:43, 30:33] = 240, 120
-    torch.testing.assert_close(augment(frames, train_reward_resnet.Args(**still)), frames.float(), atol=0.1, rtol=0)
-    moved, places = augment(frames, train_reward_resnet.Args(**dict(still, random_shift=0.1))).mean(-1), []
+    still, vectors = augmented()
+    torch.testing.assert_close(still, frames.float(), atol=0.1, rtol=0)
+    assert torch.equal(vectors, cm)
+    moved, places = augmented(random_shift=0.1)[0].mean(-1), []
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))
     bright = moved.flatten(1).argmax(1)
     near = ((grid[:, None] - torch.stack([bright // 64, bright % 64])[:, :, None, None]).norm(dim=0) < 6).float()
@@ -246,8 +252,39 @@ def test_augmentation_moves_whole_frames():
         places.append((weight[:, None] * grid).sum((2, 3)) / weight.sum((1, 2))[:, None])
     assert (places[1] - places[0] - torch.tensor([16.0, 0.0])).abs().max() < 0.2
     assert (places[0] - torch.tensor([25.0, 31.0])).abs().max() < 6.8 and places[0].std(0).min() > 3
-    bright = augment(frames, train_reward_resnet.Args(**dict(still, color_jitter=0.2))).amax((1, 2, 3))
+    bright = augmented(color_jitter=0.2)[0].amax((1, 2, 3))
     assert 0.8 * 240 - 5 < bright.min() < 215 and 265 < bright.max() < 1.2 * 240 + 5
+
+    frames[:, :, :20] = torch.randint(255, (64, 20, 3), dtype=torch.uint8)
+    flipped, vectors = augmented(random_flip=True)
+    turned = vectors[:, 1] < 0
+    assert 60 < turned.sum() < 140 and torch.equal(vectors.abs(), cm) and (vectors[:, [0, 2]] > 0).all()
+    expected = torch.where(turned[:, None, None, None], frames.flip(2), frames).float()
+    torch.testing.assert_close(flipped, expected, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("camera", ["goal", "workspace"])
+def test_flipped_frames_are_mirrored_scenes(camera):
+    """What --random-flip takes for granted, in rendered frames: in those of a scene mirrored in y = 0, cube and goal are where
+    they are in the flipped frame. (The lamps are not mirrored.)"""
+    views = CAMERAS[camera]
+    envs = make(2, dict(CAMERA, views=views))
+    envs.reset(seed=0)
+    scene, side = envs.unwrapped, torch.tensor([[1.0], [-1.0]])
+    for actor, (x, y, z) in ((scene.cube, (0.05, 0.07, 0.12)), (scene.goal_site, (0.08, 0.05, 0.15))):
+        actor.set_pose(Pose.create_from_pq(torch.cat([torch.full_like(side, x), y * side, torch.full_like(side, z)], 1)))
+    q = scene.agent.robot.get_qpos()
+    q[:, 0], q[:, 2], q[:, 4] = 0.3 * side[:, 0], 0.2 * side[:, 0], -0.2 * side[:, 0]
+    q[:, 6] = np.pi / 4
+    scene.agent.robot.set_qpos(q)
+    red, green, blue = envs.render_frames(torch.arange(2)).int().unbind(-1)
+    cube, goal = (red > 80) & (green < 45) & (blue < 45), (green > 80) & (red < 60) & (blue < 60)
+    for scene, mirrored in (cube, goal):
+        assert scene.sum() > 200 and (scene ^ mirrored.flip(1)).sum() < 0.1 * scene.sum()
+    assert (cube[0] ^ cube[1]).sum() > 0.5 * cube[0].sum()
+    assert views_mirror(dict(camera=views)) and not views_mirror(dict(camera=dict(left=views["left"])))
+    wider = dict(views["right"], fov=1.0)
+    assert not views_mirror(dict(camera=dict(views, right=wider)))
 
 
 def no_metadata(data):
