@@ -28,7 +28,7 @@ def looking(eye, target, fov, **mount):
 CAMERAS = {"the task's base_camera, 90 degrees": looking([0.3, 0, 0.6], [-0.1, 0, 0.1], np.pi / 2),
            "ManiSkill's human render camera, 57 degrees": looking([0.6, 0.7, 0.6], [0, 0, 0.35], 1.0),
            "one view of the workspace, 29 degrees": looking([0.7, 0.4, 0.15], [0, 0, 0.17], 0.5),
-           "--camera workspace: two views of it, 25 degrees": OURS["workspace"],
+           "--camera workspace: two views of it, 26 degrees": OURS["workspace"],
            "two views that follow the goal, front and side, 15 degrees": dict(
                **looking([1.2, 0, 0.22], [0, 0, 0], 0.26, mount="goal_site"),
                side=looking([0, 1.2, 0.22], [0, 0, 0], 0.26, mount="goal_site")["view"]),
