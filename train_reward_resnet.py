@@ -96,7 +96,7 @@ class TrainingArgs:
     batch_size: Optional[int] = None
     """frames of all ranks together in one step; None: 64 on a GPU, 32 on a CPU"""
     lr: Optional[float] = None
-    """AdamW's step size in the first epoch; it falls linearly, to 0 after the last; None: 1e-4 on a GPU, 1e-3 on a CPU"""
+    """AdamW's step size: it rises in the first epoch, then falls, to 0 after the last; None: 1e-4 on a GPU, 1e-3 on a CPU"""
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay"""
     val_split: float = 0.1
@@ -382,8 +382,6 @@ def train(args: Args):
         torch.manual_seed((args.seed * 100_003 + epoch) * 1009 + RANK)  # an epoch is the same whether resumed or not
 
         # Train
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - (epoch - 1) / args.epochs)
         model.train()
         order = torch.randperm(len(train_frames))
         easy = frame_losses[order] < args.easy_loss
@@ -395,6 +393,8 @@ def train(args: Args):
             if step % 10 == 0 and any(gather_all(bool(stop_signals))):
                 interrupted = True
                 break
+            for group in optimizer.param_groups:  # large first steps may kill every ReLU of the head
+                group["lr"] = args.lr * ((step + 1) / len(batches) if epoch == 1 else 1 - (epoch - 1) / args.epochs)
             x, to_goal_cm = augment(train_frames[batch].to(device), train_cm[batch].to(device), args)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits, cm = model(x)
