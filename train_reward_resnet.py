@@ -263,10 +263,10 @@ def views_mirror(contract: dict) -> bool:
     frame of the mirrored scene, and has the same label."""
     views = list(contract["camera"].values())
     poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # position, quaternion wxyz
-    others = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
-    turned = 1 - np.abs((poses * others)[:, 3:].sum(1))  # q and -q are the same
-    same = [[view["fov"], view.get("mount")] for view in views] == [[view["fov"], view.get("mount")] for view in views[::-1]]
-    return same and bool((np.abs(poses - others)[:, :3] < 1e-3).all() and (np.abs(turned) < 1e-3).all())
+    mirrored = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
+    cosine = np.abs((poses * mirrored)[:, 3:].sum(1))  # q and -q are the same
+    others = [(view["fov"], view.get("mount")) for view in views]
+    return others == others[::-1] and np.allclose(poses[:, :3], mirrored[:, :3], atol=1e-3) and np.allclose(cosine, 1, atol=1e-3)
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
