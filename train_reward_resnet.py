@@ -264,9 +264,9 @@ def views_mirror(contract: dict) -> bool:
     views = list(contract["camera"].values())
     poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # position, quaternion wxyz
     mirrored = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
-    cosine = np.abs((poses * mirrored)[:, 3:].sum(1))  # q and -q are the same
+    mirrored[(poses * mirrored)[:, 3:].sum(1) < 0, 3:] *= -1  # q and -q are the same
     others = [(view["fov"], view.get("mount")) for view in views]
-    return others == others[::-1] and np.allclose(poses[:, :3], mirrored[:, :3], atol=1e-3) and np.allclose(cosine, 1, atol=1e-3)
+    return np.allclose(poses, mirrored, atol=1e-3) and others == others[::-1]
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
