@@ -95,7 +95,7 @@ class PPOArgs:
     num_steps: int = 50
     """steps of every scene in one rollout"""
     num_iterations: Optional[int] = None
-    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 150 on a CPU"""
+    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 120 on a CPU"""
     num_minibatches: Optional[int] = None
     """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU (of 400 steps either way)"""
     update_epochs: int = 8
@@ -167,7 +167,7 @@ class Args(RewardArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 150), num_minibatches=(32, 8), anneal_lr=(False, True),
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 120), num_minibatches=(32, 8), anneal_lr=(False, True),
                         action_l2=(0.0, 0.005), meshes=("stock", "light"), score_every=(1, 5))
 
 

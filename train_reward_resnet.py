@@ -92,7 +92,7 @@ class ModelArgs:
 @dataclass
 class TrainingArgs:
     epochs: Optional[int] = None
-    """passes over the frames at most; None: 100 on a GPU, 20 on a CPU"""
+    """passes over the frames at most; None: 100 on a GPU, 14 on a CPU"""
     batch_size: Optional[int] = None
     """frames of all ranks together in one step; None: 64 on a GPU, 32 on a CPU"""
     lr: Optional[float] = None
@@ -882,7 +882,7 @@ def check_training_args(args) -> int:
     args.cuda = args.cuda and torch.cuda.is_available()
     if args.bf16 is None:
         args.bf16 = fast_bf16("cuda" if args.cuda else "cpu")
-    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 20,
+    for name, default in dict(input_size=224 if args.cuda else 112, epochs=100 if args.cuda else 14,
                               batch_size=64 if args.cuda else 32, lr=1e-4 if args.cuda else 1e-3).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
