@@ -132,8 +132,8 @@ class RewardArgs:
     """the ResNet's reward instead of the environment's dense one, or added to it"""
     alpha: float = 1.0
     """factor of the ResNet's reward"""
-    threshold: float = 0.9
-    """probability above which a frame counts as done and earns the reward: what is paid wrongly is learned, so be sure"""
+    threshold: float = 0.5
+    """probability above which a frame counts as done and earns the reward (0.9: less is paid wrongly, learning is slower)"""
     use_soft_reward: bool = False
     """the reward is the probability itself"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"

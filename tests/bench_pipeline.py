@@ -8,7 +8,6 @@ leave, and results.md, the table. Stopped with Ctrl-C or killed, and called agai
 it was; a stage's time is that of all its parts, but not of one that was killed.
 """
 import argparse
-import csv
 import importlib.metadata
 import json
 import platform
@@ -23,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {1: "ppo_collect", 2: "train_reward_resnet", 3: "ppo_dense", 4: "ppo_resnet_reward"}
-PAID = 0.9  # stage 4's threshold
 LAST = 20  # global steps over which stage 4's last metrics are averaged; its first over 10
 
 
@@ -85,20 +83,6 @@ class Pipeline:
             with open(self.folder / "fresh.log", "w") as log:
                 subprocess.run(command, cwd=self.folder, stdout=log, stderr=log, check=True)
 
-    def ends_called_done(self, report: Path) -> dict:
-        """{label: for each of the report's frames that end an episode, whether stage 4 pays it}"""
-        paid, ends = dict(success=[], failure=[]), {}
-        with open(report) as f:
-            for row in csv.DictReader(f):
-                file = self.folder / row["file"]
-                data = file.parents[1]
-                if data not in ends:
-                    with open(data / "index.csv") as index:
-                        ends[data] = {frame["file"] for frame in csv.DictReader(index) if frame["is_final"] == "1"}
-                if f"{row['label']}/{file.name}" in ends[data]:
-                    paid[row["label"]].append(float(row["probability"]) > PAID)
-        return paid
-
     def results(self) -> dict:
         """{row of the table: number or None}"""
         seconds = json.loads((self.folder / "seconds.json").read_text())
@@ -122,9 +106,7 @@ class Pipeline:
                 rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
                 for kind in ("ends an episode", "near miss"):
                     rows[f"stage 2, {name}: {kind}"] = report["kinds"][kind]["accuracy"]
-                paid = self.ends_called_done((self.folder / file).with_suffix(".csv"))
-                rows[f"stage 2, {name}: failed ends above {PAID}"] = statistics.mean(paid["failure"])
-                rows[f"stage 2, {name}: successes above {PAID}"] = statistics.mean(paid["success"])
+                rows[f"stage 2, {name}: false positives of ends"] = report["kinds"]["ends an episode"]["false_positive_rate"]
         rows["stage 2: minutes"] = seconds["2"] / 60
         policy(3)
         for tag in ("env/success_once", "env/episode_len", "reward_model/precision", "reward_model/recall"):
