@@ -133,7 +133,7 @@ class RewardArgs:
     alpha: float = 1.0
     """factor of the ResNet's reward"""
     threshold: float = 0.5
-    """probability above which a frame counts as done and earns the reward (0.9: less wrongly; a poor ResNet pays little)"""
+    """probability above which a frame counts as done and earns the reward; at 0.9 fewer failures and fewer successes do"""
     use_soft_reward: bool = False
     """the reward is the probability itself"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
