@@ -1083,13 +1083,13 @@ def load_checkpoint(args):
 
 
 def load_weights(agent, optimizer, checkpoint):
-    """Take over the checkpoint's agent and optimizer: without Adam's moments, its first steps hurt a trained policy."""
+    """Take over the checkpoint's agent and Adam's moments: without them, its first steps hurt a trained policy."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint["optimizer"]["state"]))  # step sizes: ours
         if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
             raise ValueError("it has weights that are not finite")
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
              "another --env-id or --control-mode?")
 

@@ -95,15 +95,17 @@ class PPOArgs:
     num_steps: int = 50
     """steps of every scene in one rollout"""
     num_iterations: Optional[int] = None
-    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 120 on a CPU"""
+    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 90 on a CPU"""
     num_minibatches: Optional[int] = None
     """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU (of 400 steps either way)"""
     update_epochs: int = 8
     """passes over a rollout's data"""
     learning_rate: float = 2.5e-4
     """Adam's step size, at first"""
+    logstd_learning_rate: float = 2.5e-3
+    """the same for the policy's log standard deviation: what stage 3's policy lacks is a steady hand"""
     anneal_lr: Optional[bool] = None
-    """lower the step size in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
+    """lower the step sizes in proportion to what is left of the run; None: off on a GPU, on on a CPU"""
     gamma: Optional[float] = None
     """discount factor per step, near 1, since the reward comes at the end; None: 0.95, or 0.99 with --done-by time"""
     gae_lambda: float = 0.95
@@ -132,8 +134,8 @@ class RewardArgs:
     """the ResNet's reward instead of the environment's dense one, or added to it"""
     alpha: float = 1.0
     """factor of the ResNet's reward"""
-    threshold: float = 0.5
-    """probability above which a frame counts as done and earns the reward; at 0.9 fewer failures and fewer successes do"""
+    threshold: float = 0.85
+    """probability above which a frame counts as done and earns the reward; at 0.5 more failures and more successes do"""
     use_soft_reward: bool = False
     """the reward is the probability itself"""
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"
@@ -167,7 +169,7 @@ class Args(RewardArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 120), num_minibatches=(32, 8), anneal_lr=(False, True),
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 90), num_minibatches=(32, 8), anneal_lr=(False, True),
                         action_l2=(0.0, 0.005), meshes=("stock", "light"), score_every=(1, 5))
 
 
@@ -333,7 +335,8 @@ def train(args: Args):
     # Agent
     agent = Agent(obs_dim, action_dim).to(device)
     parameters, critic_parameters = list(agent.parameters()), list(agent.critic.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    logstd, *others = parameters  # a module's own come first
+    optimizer = torch.optim.Adam([dict(params=[logstd]), dict(params=others)], lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         load_weights(agent, optimizer, checkpoint)
         if not continued:
@@ -370,7 +373,8 @@ def train(args: Args):
         global_step += 1
         iteration_time = time.time()
         left = 1 - (global_step - 1) / args.num_iterations
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (left if args.anneal_lr else 1)
+        for group, lr in zip(optimizer.param_groups, (args.logstd_learning_rate, args.learning_rate)):
+            group["lr"] = lr * (left if args.anneal_lr else 1)
 
         # Rollout
         finished = torch.zeros(4, dtype=torch.float64, device=device)  # episodes, successes, their lengths, their returns
@@ -498,7 +502,7 @@ def train(args: Args):
             scalars["losses/explained_variance"] = 1 - ((returns - values).var() / returns.var()).item()
             scalars["losses/policy_updates"] = num_policy_updates
             scalars["charts/SPS"] = (env_steps - first_env_steps) / (time.time() - start_time)
-            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            scalars["charts/learning_rate"] = optimizer.param_groups[1]["lr"]
             scalars["charts/env_steps"] = env_steps
             scalars["charts/rollout_share"] = rollout_time / (time.time() - iteration_time)
             log_iteration(writer, progress, global_step, finished, scalars)
@@ -1474,13 +1478,13 @@ def load_checkpoint(args):
 
 
 def load_weights(agent, optimizer, checkpoint):
-    """Take over the checkpoint's agent and optimizer: without Adam's moments, its first steps hurt a trained policy."""
+    """Take over the checkpoint's agent and Adam's moments: without them, its first steps hurt a trained policy."""
     try:
         agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=checkpoint["optimizer"]["state"]))  # step sizes: ours
         if not all(weight.isfinite().all() for weight in agent.state_dict().values()):
             raise ValueError("it has weights that are not finite")
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         fail(f"the checkpoint does not fit this task's agent ({str(error).splitlines()[-1].strip()}); was it trained with "
              "another --env-id or --control-mode?")
 

@@ -8,6 +8,7 @@ leave, and results.md, the table. Stopped with Ctrl-C or killed, and called agai
 it was; a stage's time is that of all its parts, but not of one that was killed.
 """
 import argparse
+import csv
 import importlib.metadata
 import json
 import platform
@@ -83,6 +84,21 @@ class Pipeline:
             with open(self.folder / "fresh.log", "w") as log:
                 subprocess.run(command, cwd=self.folder, stdout=log, stderr=log, check=True)
 
+    def ends_that_are_paid(self, report: Path) -> dict:
+        """{label: for each of the report's frames that end an episode, whether it is above stage 4's threshold}"""
+        from ppo_resnet_reward import RewardArgs
+        paid, ends = dict(success=[], failure=[]), {}
+        with open(report) as f:
+            for row in csv.DictReader(f):
+                file = self.folder / row["file"]
+                data = file.parents[1]
+                if data not in ends:
+                    with open(data / "index.csv") as index:
+                        ends[data] = {frame["file"] for frame in csv.DictReader(index) if frame["is_final"] == "1"}
+                if f"{row['label']}/{file.name}" in ends[data]:
+                    paid[row["label"]].append(float(row["probability"]) > RewardArgs.threshold)
+        return paid
+
     def results(self) -> dict:
         """{row of the table: number or None}"""
         seconds = json.loads((self.folder / "seconds.json").read_text())
@@ -106,7 +122,9 @@ class Pipeline:
                 rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
                 for kind in ("ends an episode", "near miss"):
                     rows[f"stage 2, {name}: {kind}"] = report["kinds"][kind]["accuracy"]
-                rows[f"stage 2, {name}: false positives of ends"] = report["kinds"]["ends an episode"]["false_positive_rate"]
+                paid = self.ends_that_are_paid((self.folder / file).with_suffix(".csv"))
+                rows[f"stage 2, {name}: failed ends that stage 4 pays"] = statistics.mean(paid["failure"])
+                rows[f"stage 2, {name}: successes that it pays"] = statistics.mean(paid["success"])
         rows["stage 2: minutes"] = seconds["2"] / 60
         policy(3)
         for tag in ("env/success_once", "env/episode_len", "reward_model/precision", "reward_model/recall"):

@@ -213,7 +213,7 @@ def test_stage_4_continues(tmp_path):
         assert torch.equal(value, before[key]) == (not key.startswith("critic")), key
     steps = [int(state["step"]) for state in warm["optimizer"]["state"].values()]
     assert steps.count(1000) == 9 and steps.count(2 * 8 * 4) == 8, steps  # of the actor, of the critic
-    assert warm["optimizer"]["param_groups"][0]["lr"] == pytest.approx(2.5e-4 / 2)
+    assert [group["lr"] for group in warm["optimizer"]["param_groups"]] == pytest.approx([2.5e-3 / 2, 2.5e-4 / 2])
     run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dir, "--num-iterations", "3")
     assert list(tmp_path.glob("logs/*")) == [run_dir]
     after = torch.load(run_dir / "checkpoints/global_step_3/checkpoint.pt", weights_only=True)
