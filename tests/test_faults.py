@@ -192,7 +192,7 @@ def test_kill_stage_4(tmp_path, seed):
 
 def test_torchrun_starts_a_killed_rank_anew(tmp_path):
     """torchrun --max-restarts: a killed rank, and the run goes on in its folder without help."""
-    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "40", launcher=[
+    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "20", launcher=[
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"])
     try:
         deadline = time.time() + 120
@@ -204,8 +204,8 @@ def test_torchrun_starts_a_killed_rank_anew(tmp_path):
         process.kill()
     assert process.returncode == 0, err
     run_dir, = tmp_path.glob("logs/*")
-    assert newest_step(run_dir) == 40
-    check_events(run_dir, 40)
+    assert newest_step(run_dir) == 20
+    check_events(run_dir, 20)
 
 
 def test_a_rank_that_loses_another_says_so(tmp_path):
