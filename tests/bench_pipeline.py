@@ -123,8 +123,8 @@ class Pipeline:
                 for kind in ("ends an episode", "near miss"):
                     rows[f"stage 2, {name}: {kind}"] = report["kinds"][kind]["accuracy"]
                 paid = self.ends_that_are_paid((self.folder / file).with_suffix(".csv"))
-                rows[f"stage 2, {name}: failed ends that stage 4 pays"] = statistics.mean(paid["failure"])
-                rows[f"stage 2, {name}: successes that it pays"] = statistics.mean(paid["success"])
+                rows[f"stage 2, {name}: failed ends paid"] = statistics.mean(paid["failure"])
+                rows[f"stage 2, {name}: successes paid"] = statistics.mean(paid["success"])
         rows["stage 2: minutes"] = seconds["2"] / 60
         policy(3)
         for tag in ("env/success_once", "env/episode_len", "reward_model/precision", "reward_model/recall"):
