@@ -1,4 +1,5 @@
-"""A small folder of real rendered frames, for the tests of stage 2."""
+"""A core for each of pytest-xdist's workers, and a small folder of real rendered frames, for the tests of stage 2."""
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import torch
 from test_env import CAMERA, load_policy, make
 
 from ppo_collect import Args, FrameCollector, make_contract
+
+CORES = os.sched_getaffinity(0)
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...
+if WORKER:  # oneDNN's threads spin while they wait: two trainings with two threads each crawl on two cores
+    os.sched_setaffinity(0, {sorted(CORES)[int(WORKER[2:]) % len(CORES)]})
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +48,14 @@ def frames(tmp_path_factory):
             step[idx] = 0
             collector.file()
     return Path(args.save_dir)
+
+
+@pytest.fixture
+def all_cores():
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_a_rank_has_sixteen_scenes_or_more(monkeypatch):
     assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=64, num_procs=64)) == 64
 
 
-def test_two_runs_at_once(tmp_path):
+def test_two_runs_at_once(tmp_path, all_cores):
     """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin."""
     def start(name):
         return start_process("ppo_dense", tmp_path, *SMALL, "--num-envs", "32", "--num-steps", "50", "--num-minibatches", "8",
