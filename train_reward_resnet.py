@@ -644,7 +644,7 @@ def save_model(path: Path, model, contract: dict, args, more: dict):
     buffer = io.BytesIO()
     torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, hidden_dim=args.hidden_dim,
                     input_size=model.input_size, contract=contract, args=asdict(args), **more), buffer)
-    write_file(path, buffer.getvalue(), sync=True)
+    write_file(path, buffer.getbuffer(), sync=True)
 
 
 def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:

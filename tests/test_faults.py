@@ -108,7 +108,7 @@ def test_kill_stage_1(tmp_path, seed):
     rng, run_dir, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
     args = [*PPO, "--target-success", 20 + 10 * KILLS, "--target-failure", 10_000, "--sample-rate-fail", "0.05",
             "--resume-dir", run_dir]
-    iterations = 10 + 12 * KILLS
+    iterations = 8 + 10 * KILLS
     seen, step = set(), 1
     args += ["--num-iterations", iterations]
     for _ in kill_and_resume(rng, tmp_path, None, lambda: start("ppo_collect", tmp_path, *args), lambda: True):
@@ -159,7 +159,7 @@ def test_kill_stage_2(data, tmp_path, seed):
 
 def test_kill_stage_4(tmp_path, seed):
     rng, mistakes = random.Random(seed), tmp_path / "mistakes"
-    iterations = 10 + 12 * KILLS
+    iterations = 8 + 10 * KILLS
     args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes", mistakes,
             "--num-iterations", iterations]
     first = dense_checkpoint(tmp_path)
@@ -192,7 +192,7 @@ def test_kill_stage_4(tmp_path, seed):
 
 def test_torchrun_starts_a_killed_rank_anew(tmp_path):
     """torchrun --max-restarts: a killed rank, and the run goes on in its folder without help."""
-    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "20", launcher=[
+    process = start("ppo_dense", tmp_path, *PPO, "--num-iterations", "14", launcher=[
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"])
     try:
         deadline = time.time() + 120
@@ -204,8 +204,8 @@ def test_torchrun_starts_a_killed_rank_anew(tmp_path):
         process.kill()
     assert process.returncode == 0, err
     run_dir, = tmp_path.glob("logs/*")
-    assert newest_step(run_dir) == 20
-    check_events(run_dir, 20)
+    assert newest_step(run_dir) == 14
+    check_events(run_dir, 14)
 
 
 def test_a_rank_that_loses_another_says_so(tmp_path):

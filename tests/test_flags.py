@@ -144,7 +144,7 @@ def test_two_runs_at_once(tmp_path, all_cores):
     """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin."""
     def start(name):
         return start_process("ppo_dense", tmp_path, *SMALL, "--num-envs", "32", "--num-steps", "50", "--num-minibatches", "8",
-                             "--num-iterations", "4", "--exp-name", name)
+                             "--num-iterations", "3", "--exp-name", name)
 
     def env_steps_per_s(process):
         _, err = process.communicate(timeout=300)

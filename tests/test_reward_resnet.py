@@ -177,7 +177,7 @@ def test_frames_that_are_not_square(data, tmp_path):
     for file in data.glob("*/*.png"):
         with Image.open(file) as image:
             Image.fromarray(np.asarray(image)).resize((640, 480)).save(file, compress_level=1)
-    run(tmp_path, "--epochs", "16")
+    run(tmp_path, "--epochs", "10")
     assert json.loads((tmp_path / "reward_checkpoints/report.json").read_text())["accuracy"] > 0.95
 
 
