@@ -12,7 +12,7 @@ from ppo_collect import Args, FrameCollector, make_contract
 
 CORES = os.sched_getaffinity(0)
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, ...
-if WORKER:  # two trainings with two threads each on two cores: 10 frames/s each, alone 93
+if WORKER:  # two trainings of two threads each crawl on two cores: 10 frames/s each, where one alone has 93
     os.sched_setaffinity(0, {sorted(CORES)[int(WORKER[2:]) % len(CORES)]})
     torch.set_num_threads(1)
 

@@ -108,7 +108,7 @@ def test_kill_stage_1(tmp_path, seed):
     rng, run_dir, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
     args = [*PPO, "--target-success", 20 + 10 * KILLS, "--target-failure", 10_000, "--sample-rate-fail", "0.05",
             "--resume-dir", run_dir]
-    iterations = 8 + 10 * KILLS
+    iterations = 10 + 12 * KILLS
     seen, step = set(), 1
     args += ["--num-iterations", iterations]
     for _ in kill_and_resume(rng, tmp_path, None, lambda: start("ppo_collect", tmp_path, *args), lambda: True):
@@ -159,7 +159,7 @@ def test_kill_stage_2(data, tmp_path, seed):
 
 def test_kill_stage_4(tmp_path, seed):
     rng, mistakes = random.Random(seed), tmp_path / "mistakes"
-    iterations = 8 + 10 * KILLS
+    iterations = 10 + 12 * KILLS
     args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes", mistakes,
             "--num-iterations", iterations]
     first = dense_checkpoint(tmp_path)

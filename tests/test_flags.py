@@ -141,7 +141,7 @@ def test_a_rank_has_sixteen_scenes_or_more(monkeypatch):
 
 
 def test_two_runs_at_once(tmp_path, all_cores):
-    """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin."""
+    """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin for long."""
     def start(name):
         return start_process("ppo_dense", tmp_path, *SMALL, "--num-envs", "32", "--num-steps", "50", "--num-minibatches", "8",
                              "--num-iterations", "3", "--exp-name", name)
