@@ -96,7 +96,7 @@ class PPOArgs:
     num_steps: int = 50
     """steps of every scene in one rollout"""
     num_iterations: Optional[int] = None
-    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 90 on a CPU"""
+    """global steps at most; one is a rollout and its update; None: 1000 on a GPU, 100 on a CPU"""
     num_minibatches: Optional[int] = None
     """minibatches in an update epoch; None: 32 on a GPU, 8 on a CPU (of 400 steps either way)"""
     update_epochs: int = 8
@@ -111,7 +111,7 @@ class PPOArgs:
     """discount factor per step, near 1, since the reward comes at the end; None: 0.95, or 0.99 with --done-by time"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation (arXiv:1506.02438)"""
-    clip_coef: float = 0.2
+    clip_coef: float = 0.3
     """PPO's clipping range (arXiv:1707.06347)"""
     target_kl: float = 0.1
     """the policy's part of an update ends after the epoch whose mean KL divergence (nats) exceeds this"""
@@ -149,7 +149,7 @@ class RewardArgs:
     """side of the square frames in pixels (must match the data)"""
     meshes: Optional[Literal["light", "stock"]] = None
     """the robot's and the ground's (must match the data, see stage 1); None: stock on a GPU, light on a CPU"""
-    critic_warmup: int = 10
+    critic_warmup: int = 5
     """global steps at first that train the critic alone: that of stage 3 expects another reward"""
     done_by: Literal["simulator", "resnet", "time"] = "simulator"
     """who ends episodes early: the simulator when it sees success, the ResNet when it calls a frame done, or nobody"""
@@ -170,7 +170,7 @@ class Args(RewardArgs, PPOArgs, RunArgs):
     pass
 
 
-GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 90), num_minibatches=(32, 8), anneal_lr=(False, True),
+GPU_CPU_DEFAULTS = dict(num_envs=(256, 64), num_iterations=(1000, 100), num_minibatches=(32, 8), anneal_lr=(False, True),
                         action_l2=(0.0, 0.005), meshes=("stock", "light"), score_every=(1, 5))
 
 
@@ -401,9 +401,8 @@ def train(args: Args):
                 done = done.index_put((scored,), said | done[scored])
             done_idx = done.nonzero().squeeze(-1)
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            if args.reward_mode == "replace":  # an end that the ResNet calls done is one, else it would pay twice
-                terminal[step] = dict(simulator=terminated, resnet=False, time=done)[args.done_by]
-                terminal[step, scored] |= said & done[scored]
+            if args.reward_mode == "replace":  # an end that is paid is one, else it would pay twice; any other is a cut
+                terminal[step] = done & ((reward > 0) | (args.done_by == "time"))
 
             # Audit by the simulator: of all frames scored, but with --done-by resnet of those that end an episode
             steps_late += episode_once
@@ -443,9 +442,9 @@ def train(args: Args):
         # Advantages
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
-        # Done is a true end, with nothing to bootstrap from, unless the dense reward is in: there, an end that is worth
-        # nothing teaches avoidance. Where time is up, the value of the true last observation stands for what would follow,
-        # but with --done-by time nothing does: the task is to be done when time is up.
+        # An end that the ResNet pays is a true one, with nothing to bootstrap from, unless the dense reward is in: there, an
+        # end that is worth nothing teaches avoidance. At the others, time-outs and successes that it misses, the value of
+        # the true last observation stands for what would follow; with --done-by time nothing does: then is when it counts.
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
 

@@ -89,7 +89,7 @@ def test_args_common_to_the_ppo_scripts():
         assert dense.keys() <= theirs.keys()
         differing = {name for name in dense if dense[name] != theirs[name]}
         assert differing <= {"num_steps", "num_iterations", "num_minibatches", "learning_rate", "anneal_lr", "gamma",
-                             "gae_lambda", "target_kl"}, differing
+                             "gae_lambda", "clip_coef", "target_kl"}, differing
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
