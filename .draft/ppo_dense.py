@@ -1,0 +1,769 @@
+"""Stage 3: train PPO on a task's dense reward until it succeeds, for stage 4.
+
+    writes  logs/<timestamp>-ppo_dense/  TensorBoard events, args.json, videos/,
+                                         checkpoints/global_step_<N>/
+
+    python ppo_dense.py                          # on a GPU if there is one
+    torchrun --nproc-per-node=8 ppo_dense.py     # on eight
+    python ppo_dense.py --env-id PushCube-v1     # another ManiSkill task
+    python ppo_dense.py --resume-dir logs/<run>  # go on where a run stopped
+    python ppo_dense.py --resume-dir logs/<run> --evaluate
+"""
+import atexit
+import contextlib
+import ctypes
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NewType, Optional
+from unittest.mock import patch
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import sapien
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import tyro
+from torch.distributions.normal import Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT, GPU = Path(__file__).stem, torch.cuda.is_available()
+TORCHRUN = all(map(os.environ.get, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")))
+RANK, WORLD_SIZE = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
+DEVICE = torch.device(f"cuda:{int(os.environ['LOCAL_RANK']) if TORCHRUN else 0}" if GPU else "cpu")
+BACKENDS = ("physx_cuda", "physx_cpu") if GPU else ("physx_cpu",)
+Share = NewType("Share", float)  # a number between 0 and 1
+
+
+@dataclass
+class Args:
+    seed: int = 1  # of the scenes and the policy; evaluation has its own
+    env_id: str = "PickCube-v1"  # any ManiSkill task that reports `success` and has a dense reward
+    control_mode: str = "pd_joint_delta_pos"  # ManiSkill controller of the arm
+    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs (if there is a GPU, it draws)
+    num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
+    log_dir: str = "logs"  # parent of the runs' folders
+    resume_dir: tuple[str, ...] = ()  # runs or checkpoints: the newest goes on, or lends its agent
+    evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
+
+    num_envs: int = 1024 if GPU else 64  # parallel scenes of all processes together
+    num_steps: int = 50 if GPU else 25  # of every scene in one rollout
+    num_iterations: int = 100 if GPU else 1000  # global steps: a rollout and its update
+    num_minibatches: int = 32 if GPU else 4  # in an update epoch
+    update_epochs: int = 8  # passes over a rollout's data
+    learning_rate: float = 3e-4 if GPU else 2e-4  # Adam's step size
+    gamma: Share = 0.8 if GPU else 0.9  # discount factor per step
+    gae_lambda: Share = 0.9  # of generalised advantage estimation (arXiv:1506.02438)
+    clip_coef: Share = 0.2  # PPO's clipping range (arXiv:1707.06347)
+    target_kl: float = 0.1 if GPU else 0.03  # nats of an epoch, after which only the critic goes on
+    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square: no idle turning
+    eval_freq: int = 40  # global steps between evaluations
+    num_eval_envs: int = 128  # evaluation episodes of all processes together
+    save_interval: int = 20  # global steps between checkpoints
+    capture_video: bool = True  # film the first evaluation scenes, into videos/
+    stop_at_success: Share = 0.97  # end with the first evaluation above this; 1: never
+
+
+def layer_init(layer, std=2**0.5):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, outputs: int, std: float):
+    return nn.Sequential(
+        layer_init(nn.Linear(inputs, 256)), nn.Tanh(),
+        layer_init(nn.Linear(256, 256)), nn.Tanh(),
+        layer_init(nn.Linear(256, 256)), nn.Tanh(),
+        layer_init(nn.Linear(256, outputs), std))
+
+
+class Agent(nn.Module):
+    """A Gaussian policy whose standard deviation does not depend on the state, and a value network; both
+    see observations of mean 0 and standard deviation 1 over all that the agent was trained on."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_sums", torch.zeros((3, obs_dim)).double())  # of 1, x and x squared
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.critic = mlp(obs_dim, 1, std=1.0)
+        self.actor_mean = mlp(obs_dim, action_dim, std=0.01 * 2**0.5)
+        self.actor_logstd = nn.Parameter(torch.full((1, action_dim), -1.0))
+
+    @torch.no_grad()
+    def update_normalization(self, obs):
+        """Count every rank's `obs` (num_steps, num_envs, obs_dim) into the mean and deviation."""
+        x = obs.flatten(0, 1).double()
+        self.obs_sums += all_reduce_sum(torch.stack([torch.ones_like(x), x, x * x]).sum(1))
+        mean, square = self.obs_sums[1:] / self.obs_sums[0]
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_((square - mean * mean).clamp(min=1e-4).sqrt())  # some never change
+
+    def normalize(self, x):
+        return ((x - self.obs_mean) / self.obs_std).clamp(-10, 10)
+
+    def get_value(self, x):
+        return self.critic(self.normalize(x)).squeeze(-1)
+
+    def get_mean_action(self, x):
+        return self.actor_mean(self.normalize(x))
+
+    def get_action_and_logprob(self, x, action=None):
+        mean = self.get_mean_action(x)
+        probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
+        if action is None:
+            action = mean + probs.scale * torch.randn_like(mean)  # sample() makes the host wait
+        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), mean
+
+
+def compute_gae(rewards, values, next_values, terminal, dones, gamma: float, gae_lambda: float):
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16). All tensors (num_steps, num_envs), with
+    values of the true next observations; `dones` cut the sum, `terminal` also drops the bootstrap."""
+    advantages, last = torch.zeros_like(rewards), 0.0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_values[t] * ~terminal[t] - values[t]
+        advantages[t] = last = delta + gamma * gae_lambda * ~dones[t] * last
+    return advantages
+
+
+def ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args, train_policy=True):
+    """PPO on one rollout, tensors (num_steps, num_envs, ...), with all ranks: the critic learns in every
+    epoch, the policy until it has moved by --target-kl. Returns {name: mean loss, a scalar tensor}."""
+    batch, losses = (obs, actions, logprobs, advantages, returns), defaultdict(list)
+    obs, actions, logprobs, advantages, returns = (x.flatten(0, 1) for x in batch)
+    for _epoch in range(args.update_epochs):
+        epoch_kl = []
+        for mb_inds in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
+            value_loss = 0.5 * ((agent.get_value(obs[mb_inds]) - returns[mb_inds]) ** 2).mean()
+            losses["value_loss"].append(value_loss.detach())
+            loss, trained = 0.5 * value_loss, list(agent.critic.parameters())
+            if train_policy:
+                _, new_logprob, entropy, mean_action = agent.get_action_and_logprob(obs[mb_inds], actions[mb_inds])
+                logratio = new_logprob - logprobs[mb_inds]
+                ratio = logratio.exp()
+                mb_advantages = advantages[mb_inds]
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                policy_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped_ratio).mean()
+                action_l2 = args.action_l2 * mean_action.square().sum(1).mean()
+                loss, trained = loss + policy_loss + action_l2, list(agent.parameters())
+                with torch.no_grad():
+                    epoch_kl.append((ratio - 1 - logratio).mean())  # joschu.net/blog/kl-approx.html
+                    losses["policy_loss"].append(policy_loss.detach())
+                    losses["entropy"].append(entropy.mean())
+                    losses["approx_kl"].append(epoch_kl[-1])
+                    losses["clipfrac"].append(((ratio - 1).abs() > args.clip_coef).float().mean())
+
+            optimizer.zero_grad()  # to None: Adam must not move what is not trained
+            loss.backward()
+            average_gradients(trained)
+            nn.utils.clip_grad_norm_(trained, 0.5)
+            optimizer.step()
+        if train_policy:
+            kl = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE
+            train_policy = kl <= args.target_kl
+    return {name: torch.stack(values).mean() for name, values in losses.items()}
+
+
+def train(args: Args, task: dict, checkpoint: Optional[dict]):
+    # Start, or go on; another script's checkpoint gives a new run its agent
+    continued = checkpoint is not None and checkpoint["script"] == SCRIPT
+    global_step, env_steps = (checkpoint["global_step"], checkpoint["env_steps"]) if continued else (0, 0)
+    device = DEVICE if args.sim_backend == "physx_cuda" else torch.device("cpu")
+
+    # Agent
+    film = args.capture_video and RANK == 0
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film and FILM_CAMERA)
+    (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
+    torch.manual_seed(args.seed)  # every rank begins with the same agent
+    agent = Agent(obs_dim, action_dim).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        # Without Adam's moments its first steps would hurt a trained policy; step sizes are ours
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
+
+    # The run's folder
+    run_dir, writer = make_run_dir(args, SCRIPT + "-evaluate" * args.evaluate)
+    if args.evaluate:
+        return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
+
+    # Scenes: neither another rank nor another seed nor a run that goes on may repeat their episodes
+    envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE)
+    seed = int(np.random.SeedSequence([args.seed, global_step, RANK]).generate_state(1)[0])
+    torch.manual_seed(seed)
+    current_obs, _ = envs.reset(seed=seed)
+    # First time-outs are spread over an episode (arXiv:2511.21011): a rollout holds all parts of it
+    num_envs = envs.num_envs
+    envs.elapsed_steps[:] = torch.arange(num_envs) * envs.max_episode_steps // num_envs
+
+    # Storage of one rollout
+    obs = torch.zeros((args.num_steps, num_envs, obs_dim), device=device)
+    next_obs = torch.zeros_like(obs)  # the true ones, before any reset
+    actions = torch.zeros((args.num_steps, num_envs, action_dim), device=device)
+    logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
+    dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
+    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of those under way
+    episode_return = torch.zeros(num_envs, device=device)
+
+    bar = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
+    first_env_steps, start_time = env_steps, time.time()
+    stop_signals, stopping, last = [], False, False
+    on_stop_signal(stop_signals.append)
+    while global_step < args.num_iterations and not last:
+        global_step += 1
+
+        # Rollout
+        finished = dict.fromkeys(("episodes", "success_once", "episode_len", "return"), 0.0)  # sums
+        for step in range(args.num_steps):
+            with torch.no_grad():
+                action, logprob, *_ = agent.get_action_and_logprob(current_obs)
+            obs[step], actions[step], logprobs[step] = current_obs, action, logprob
+            current_obs, reward, terminated, truncated, info = envs.step(action)
+            done = terminated | truncated
+            next_obs[step], rewards[step], dones[step] = current_obs, reward, done
+            env_steps += num_envs * WORLD_SIZE
+            episode_len += 1
+            episode_return += reward
+            done_idx = done.nonzero().squeeze(-1)
+            if len(done_idx):
+                finished["episodes"] += len(done_idx)
+                finished["success_once"] += info["success"][done_idx].sum()
+                finished["episode_len"] += episode_len[done_idx].sum()
+                finished["return"] += episode_return[done_idx].sum()
+                current_obs, _ = envs.reset(options=dict(env_idx=done_idx))
+                episode_len[done_idx] = 0
+                episode_return[done_idx] = 0.0
+
+        # Update
+        with torch.no_grad():
+            values, next_values = agent.get_value(obs), agent.get_value(next_obs)
+        # Bootstrap at every end: where the reward is dense, an end that is worth nothing teaches avoidance
+        never = torch.zeros_like(dones)
+        advantages = compute_gae(rewards, values, next_values, never, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values
+        losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args)
+        agent.update_normalization(obs)
+
+        # Log
+        sums = sum_over_ranks(finished | losses | dict(stop=len(stop_signals)))
+        if RANK == 0:
+            scalars = {f"losses/{name}": sums[name] / WORLD_SIZE for name in losses}
+            scalars["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
+            sps = (env_steps - first_env_steps) / (time.time() - start_time)
+            scalars |= {"charts/SPS": sps, "charts/env_steps": env_steps}
+            bar.n = global_step
+            log_iteration(writer, bar, global_step, sums, scalars)
+
+        # Checkpoint, then evaluate
+        stopping = sums["stop"] > 0
+        last = stopping or global_step == args.num_iterations
+        if last or global_step % args.save_interval == 0 or global_step % args.eval_freq == 0:
+            save_checkpoint(run_dir, agent, optimizer, global_step, env_steps, args, task)
+        if last or global_step % args.eval_freq == 0:
+            success = log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
+            last = last or success > args.stop_at_success
+
+    bar.close()
+    say(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s: "
+        f"{run_dir}/checkpoints/global_step_{global_step}")
+    if stopping:
+        say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
+
+
+# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+
+# ---------------------------------------- scenes
+
+def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
+    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our camera.
+
+    `camera`: dict(views={name: dict(pose, fov)}, width, height, shader_pack, meshes, show_goal_site).
+    Views stand side by side; one with `mount` moves with the task's object of that name.
+    """
+    from mani_skill.envs.sapien_env import BaseEnv
+    from mani_skill.sensors.camera import CameraConfig
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    def cameras(env):
+        edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
+        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width),
+                             camera["height"], view["fov"], shader_pack=camera["shader_pack"],
+                             mount=getattr(env, view.get("mount", ""), None))
+                for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
+
+    batched, render_backend = sim_backend == "physx_cpu" and not camera, f"sapien_{DEVICE}" if camera else "none"
+    setup_scene = batch_scenes if batched else BaseEnv._setup_scene
+    try:
+        cls = REGISTERED_ENVS[task["env_id"]].cls
+        with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
+              patch.object(BaseEnv, "_setup_scene", setup_scene),
+              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),  # may have one scene only
+              patch("sys.stdin", io.StringIO())):  # it asks whether to download what a task needs
+            env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
+                           obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
+                           sim_backend=sim_backend, render_backend=render_backend)
+    except EOFError:
+        fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
+    except RuntimeError as error:
+        fail(f"no Vulkan device ({error}); on a CPU: bash tests/install_cpu_renderer.sh")
+    except (KeyError, AssertionError, NotImplementedError) as error:
+        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({str(error)[:150]})")
+    if camera and camera["meshes"] == "light":
+        use_light_meshes(env.unwrapped)
+    return env
+
+
+def use_light_meshes(env):
+    """Join vertices of the robot, but for its hand, on a grid of 12 mm, of the ground on one of 40 m:
+    12,000 triangles look nearly like the 155,000 that are most of a frame's time on a CPU."""
+    cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
+    cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
+    for entity, cell in cells.items():
+        heavy = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        light = sapien.render.RenderBodyComponent()
+        for shape in heavy.render_shapes if heavy else ():
+            is_mesh = isinstance(shape, sapien.render.RenderShapeTriangleMesh)
+            for part in shape.parts if is_mesh else ():
+                corners = part.vertices * shape.scale
+                _, first, joined = np.unique(np.round(corners / cell), True, True, axis=0)  # indices, inverse
+                triangles = np.unique(joined.reshape(-1)[part.triangles], axis=0)
+                triangles = triangles[(triangles != np.roll(triangles, 1, axis=1)).all(1)]
+                if len(triangles):
+                    normals, uvs = part.get_vertex_normal()[first], part.get_vertex_uv()[first]
+                    mesh = sapien.render.RenderShapeTriangleMesh(
+                        corners[first], triangles, normals, uvs, part.material)
+                    mesh.local_pose = shape.local_pose
+                    light.attach(mesh)
+            if not is_mesh:
+                light.attach(shape.clone())
+        if heavy:
+            entity.remove_component(heavy)
+            entity.add_component(light)
+
+
+class PhysxTable:
+    """A table of PhysX on a GPU, a row an object, for objects on a CPU. `table[rows, columns]` reads rows
+    whose scenes have changed, by `get`; what is assigned is written, by `set`. No `get`: only we change it."""
+
+    def __init__(self, px, objects: list, scenes: list, columns: int, set, get=None):
+        self.px, self.objects, self.scenes, self.set, self.get = px, objects, np.array(scenes, int), set, get
+        self.rows, self.data = np.arange(len(objects)), torch.zeros(len(objects), columns)
+        self.read = np.full(len(objects), -1)  # what px.version was when a row was read
+
+    def torch(self):
+        self.px.run_steps()
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return function(*[arg.data if isinstance(arg, cls) else arg for arg in args], **kwargs or {})
+
+    def fetch(self, rows):
+        rows = self.rows[rows if isinstance(rows, slice) else rows.numpy()]
+        rows = rows.reshape(len(rows), -1)[:, 0]  # joints come as a grid
+        stale = rows[self.read[rows] != self.px.version[self.scenes[rows]]] if self.get else ()
+        if len(stale):
+            self.data.numpy()[stale] = [self.get(self.objects[row]) for row in stale.tolist()]
+            self.read[stale] = self.px.version[self.scenes[stale]]
+        return rows
+
+    def __getitem__(self, key):
+        self.fetch(key[0])
+        return self.data[key]
+
+    def __setitem__(self, key, value):
+        rows = self.fetch(key[0])
+        self.data[key] = value
+        for row, values in zip(rows.tolist(), self.data.numpy()[rows]):
+            self.set(self.objects[row], values)
+        if self.get:
+            self.px.version[self.scenes[rows]] += 1
+
+
+def batch_scenes(env):
+    """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
+    from mani_skill.envs.scene import ManiSkillScene
+
+    env._set_scene_config()
+    scenes = [sapien.Scene([sapien.physx.PhysxCpuSystem()]) for _ in range(env.num_envs)]
+    env.scene = ManiSkillScene(scenes, sim_config=env.sim_config, device=env.device, backend=env.backend)
+    env.scene.px, env.scene.gpu_sim_enabled = PhysxCpuScenes(env.scene, 1 / env._sim_freq), True
+
+
+class PhysxCpuScenes:
+    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: ManiSkill's
+    code for GPUs, from controllers to rewards, computes all at once, and only physics is stepped scene by
+    scene. tests/test_env.py compares every number with stock scenes."""
+    __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
+
+    def __init__(self, scene, timestep: float):
+        self.scene, self.timestep, self.pending_steps = scene, timestep, 0
+        self.systems = [sub_scene.physx_system for sub_scene in scene.sub_scenes]
+        self.version = np.zeros(len(self.systems), int)  # counts a scene's changes
+        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
+        for px in self.systems:
+            px.timestep = timestep
+
+    def __getattr__(self, name):
+        if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # tables do it when used
+            return lambda: None
+        raise AttributeError(name)
+
+    def step(self):
+        self.pending_steps += 1  # all of a scene's in a row are 1.4 times as fast as in turn
+
+    def run_steps(self):
+        if self.pending_steps:
+            for px in self.systems:
+                for _ in range(self.pending_steps):
+                    px.step()
+            self.pending_steps, self.contacts = 0, None
+            self.version += 1
+
+    def gpu_init(self):
+        """All is built: give articulations and bodies that can move their rows in the tables."""
+        def give_rows(structs, index, objects):
+            found, scenes = [], []
+            for struct in structs:
+                first = len(found)
+                found += getattr(struct, objects)
+                scenes += struct._scene_idxs.tolist()
+                setattr(struct, index, torch.arange(first, len(found), dtype=torch.int32))
+            return found, scenes
+
+        def get_body(body):
+            return *body.entity_pose.__getstate__(), *body.linear_velocity, *body.angular_velocity
+
+        def set_body(body, row):
+            pose = sapien.Pose(row[:3], row[3:7])
+            if not isinstance(body, sapien.physx.PhysxArticulationLinkComponent):
+                body.entity.pose = pose
+                if not body.kinematic:
+                    body.linear_velocity, body.angular_velocity = row[7:10], row[10:]
+            elif body.is_root:  # other links follow it
+                art, art.pose = body.articulation, pose
+                art.root_linear_velocity, art.root_angular_velocity = row[7:10], row[10:]
+
+        def set_targets(name):
+            return lambda art, row: [getattr(joint, name)(x) for joint, x in zip(joints[art], row.tolist())]
+
+        actors = [*self.scene.actors.values(), *self.scene.actor_views.values()]
+        links = [link for art in self.scene.articulations.values() for link in art.links]
+        bodies = give_rows([actor for actor in actors if actor.px_body_type != "static"] + links,
+                           "_body_data_index_internal", "_bodies")
+        structs = [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        arts = give_rows(structs, "_data_index", "_objs")
+        for struct in structs:
+            for joint in struct.joints or ():
+                joint._data_index = struct._data_index
+        joints = {art: art.active_joints for art in arts[0]}
+        dof = max((art.dof for art in joints), default=0)
+        self.cuda_rigid_body_data = PhysxTable(self, *bodies, 13, set_body, get_body)
+        for name in ("qpos", "qvel", "qf", "qacc"):
+            setattr(self, f"cuda_articulation_{name}", PhysxTable(
+                self, *arts, dof, lambda art, row, name=name: setattr(art, name, row[:art.dof]),
+                lambda art, name=name: (*getattr(art, name), *[0.0] * (dof - art.dof))))
+        for name, target in (("qpos", "set_drive_target"), ("qvel", "set_drive_velocity_target")):
+            setattr(self, f"cuda_articulation_target_{name}", PhysxTable(self, *arts, dof, set_targets(target)))
+
+    def gpu_create_contact_pair_impulse_query(self, pairs):
+        self.contacts, self.asked = None, self.asked | set(pairs)
+        return SimpleNamespace(pairs=pairs)
+
+    def gpu_query_contact_pair_impulses(self, query):
+        """(len(pairs), 3) N s, of PhysX's last step, on the first body of a pair by the second."""
+        self.run_steps()
+        if self.contacts is None:
+            self.contacts = dict.fromkeys(self.asked, np.zeros(3, np.float32))
+            for contact in [contact for px in self.systems for contact in px.get_contacts()]:
+                a, b = contact.bodies
+                for pair, sign in (((a, b), 1), ((b, a), -1)):
+                    if pair in self.asked:
+                        impulses = [sign * point.impulse for point in contact.points]
+                        self.contacts[pair] = sum(impulses, self.contacts[pair])
+        impulses = torch.from_numpy(np.stack([self.contacts[pair] for pair in query.pairs]))
+        query.cuda_impulses = SimpleNamespace(torch=lambda: impulses)
+
+
+class ManiSkillEnvs(gym.Wrapper):
+    """`num_envs` scenes of a task in one process; the training loop cannot tell a GPU from a CPU.
+
+        obs, info = envs.reset(seed=...)                              # (N, obs_dim) float32
+        obs, reward, terminated, truncated, info = envs.step(action)  # (N, ...); nothing is reset
+        obs, info = envs.reset(options=dict(env_idx=indices))         # only these scenes begin anew
+        frames = envs.render_frames(indices)                          # (K, H, W, 3) uint8
+
+    `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
+    """
+
+    def __init__(self, args, task: dict, num_envs: int, camera: Optional[dict] = None):
+        on_gpu = args.sim_backend == "physx_cuda"
+        backend = f"physx_{DEVICE}" if on_gpu else "physx_cpu"
+        super().__init__(make_scenes(task, num_envs, backend, camera if on_gpu else None))
+        self.max_episode_steps, self.studio = self.env._max_episode_steps, None
+        self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        controller, reset_all = self.agent.controller, self.agent.controller.reset
+
+        def reset_some():  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
+            with patch.object(self.scene, "_reset_mask", self.resetting):
+                reset_all()
+
+        controller.reset = reset_some
+        for part in getattr(controller, "controllers", {}).values():
+            if hasattr(part, "kinematics") and not on_gpu:
+                part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
+        has_vector = isinstance(self.single_action_space, gym.spaces.Box)
+        if not has_vector or not self.max_episode_steps or "success" not in self.reset(seed=0)[1]:
+            fail(f"{task['env_id']} takes no vector, has no time limit, or reports no success")
+        if camera:
+            if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
+                fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
+            self.studio = self if on_gpu else make_scenes(task, 1, backend, camera).unwrapped
+            # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
+            for hidden in [] if camera["show_goal_site"] else self.studio._hidden_objects:
+                for entity in hidden._objs:
+                    entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
+            self.studio._hidden_objects.clear()
+
+    def __getattr__(self, name):  # num_envs, device, agent, scene, single_observation_space, ...
+        return getattr(self.unwrapped, name)
+
+    def reset(self, seed: Optional[int] = None, options: Optional[dict] = None):
+        """New episodes in the scenes `options["env_idx"]` (default: all)."""
+        idx = options["env_idx"] if options else torch.arange(self.num_envs, device=self.device)
+        self.resetting.fill_(False)[idx] = True
+        return self.env.reset(seed=seed, options=dict(env_idx=idx))
+
+    def render_frames(self, env_idx):
+        """Photograph the scenes `env_idx` (K,): (K, height, width, 3) uint8."""
+        from mani_skill.utils import tree
+
+        if self.studio is self:
+            return self.render_rgb_array()[env_idx]
+        state, frames = self.get_state_dict(), []
+        for i in env_idx.tolist():
+            self.studio.set_state_dict(tree.slice(state, slice(i, i + 1)))
+            frames.append(self.studio.render_rgb_array().clone())  # a GPU draws into the same memory
+        return torch.cat(frames)
+
+
+# ---------------------------------------- runs and ranks
+
+FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
+FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, shader_pack="minimal", meshes="light", show_goal_site=True)
+
+
+@torch.no_grad()
+def evaluate(agent, envs):
+    """One episode a scene with the deterministic policy, on seeds that never change. Returns means over the
+    ranks (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
+    obs, _ = envs.reset(seed=1_000_000 + RANK)
+    once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
+    episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
+    film = [envs.render_frames(torch.arange(min(4, envs.num_envs)))] if envs.studio else []
+    for _ in range(envs.max_episode_steps):
+        obs, reward, _, _, info = envs.step(agent.get_mean_action(obs))
+        episode_len += ~once
+        episode_return += reward * ~once
+        going = (~once[:4]).nonzero().squeeze(-1)
+        once |= info["success"]
+        if film:  # a scene that has succeeded stands still, under a green bar
+            film.append(film[-1].clone())
+            if len(going):
+                film[-1][going] = envs.render_frames(going)
+            film[-1][once[:4], :8] = film[-1].new_tensor([0, 200, 0])
+    sums = sum_over_ranks({"success_once": once.sum(), "success_at_end": info["success"].sum(),
+                           "episode_len": episode_len.sum(), "return": episode_return.sum()})
+    metrics = {name: value / (WORLD_SIZE * envs.num_envs) for name, value in sums.items()}
+    return metrics, [torch.cat(list(frames), 1).cpu().numpy() for frames in film]
+
+
+def log_evaluation(agent, envs, run_dir, writer, global_step: int, env_steps: int) -> float:
+    """Evaluate; rank 0 writes the metrics and a film. Returns success_once."""
+    metrics, film = evaluate(agent, envs)
+    if RANK == 0:
+        for name, value in metrics.items():
+            writer.add_scalar(f"eval/{name}", value, global_step)
+        writer.flush()
+        text = ", ".join(f"eval/{name} {value:.3f}" for name, value in metrics.items())
+        try:
+            if film:
+                path = run_dir / f"videos/global_step_{global_step}.mp4"
+                path.parent.mkdir(exist_ok=True)
+                imageio.mimwrite(path, film, fps=20, macro_block_size=1)
+                text += f", {path}"
+        except Exception as error:  # whatever ffmpeg has: no film is no reason to end
+            say(f"{SCRIPT}: warning: no film ({str(error)[:200]})")
+        say(f"global step {global_step}, {env_steps:,} env steps: {text}")
+    return metrics["success_once"]
+
+
+def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
+    """Write `scalars`, and the means of `sums` over the episodes that have ended."""
+    episodes = max(sums["episodes"], 1)
+    if sums["episodes"]:
+        scalars |= {f"env/{name}": sums[name] / episodes for name in ("success_once", "episode_len", "return")}
+        scalars["env/reward"] = sums["return"] / sums["episode_len"]
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, global_step)
+    with contextlib.suppress(OSError):
+        bar.set_postfix_str(f"step {global_step}, success {sums['success_once'] / episodes:.0%}, "
+                            f"{scalars['charts/SPS']:.0f} env steps/s")
+
+
+def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int, args, task: dict):
+    if RANK == 0:
+        folder, buffer = run_dir / f"checkpoints/global_step_{global_step}", io.BytesIO()
+        torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
+                        agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint.tmp").write_bytes(buffer.getbuffer())
+        (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")  # which is never half a file
+
+
+def load_checkpoint(args, task: Optional[dict] = None) -> dict:
+    """The newest in --resume-dir, by the timestamps and steps in the paths; it must be of `task`."""
+    try:
+        files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
+        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file)))])
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint["task"] != (task or checkpoint["task"]):
+            raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
+    say(f"from {file}")
+    return checkpoint
+
+
+def usable_cores() -> int:
+    """This process's affinity, at most what its container's quota (cgroup v2) amounts to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def start_ranks(args):
+    """On a CPU fork the ranks; join them. Only they return: this process hands signals on, ends with the
+    last of them, and kills the others once one has failed; if it is killed, they are too."""
+    global RANK, WORLD_SIZE
+    num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
+    if args.num_envs // num_ranks * args.num_steps < 2 * args.num_minibatches:
+        fail(f"too few --num-envs or --num-steps for {num_ranks} processes and --num-minibatches")
+    if num_ranks > WORLD_SIZE:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
+        while len(pids) < num_ranks and 0 not in pids:
+            pids.append(os.fork())  # a rank that imports everything again takes seconds
+        if 0 not in pids:
+            on_stop_signal(lambda signum: [os.kill(pid, signum) for pid in pids])
+            while pids:
+                pid, status = os.wait()
+                pids.remove(pid)
+                code = code or abs(os.waitstatus_to_exitcode(status))
+                for other in pids if code else ():
+                    os.kill(other, signal.SIGKILL)
+            sys.exit(code)
+        RANK, WORLD_SIZE = len(pids) - 1, num_ranks
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", rank=RANK, world_size=WORLD_SIZE)
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
+
+
+def all_reduce_sum(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_over_ranks(sums: dict) -> dict:
+    """{name: number or scalar tensor} -> {name: number}. One that is not finite ends the run."""
+    values = all_reduce_sum(torch.tensor([*map(float, sums.values())], dtype=torch.float64)).tolist()
+    if not np.isfinite(values).all():
+        fail("losses or rewards are no longer finite; go on with a smaller --learning-rate")
+    return dict(zip(sums, values))
+
+
+def average_gradients(parameters):
+    if WORLD_SIZE > 1:
+        grads = [p.grad for p in parameters]
+        sums = all_reduce_sum(nn.utils.parameters_to_vector(grads))
+        nn.utils.vector_to_parameters(sums / WORLD_SIZE, grads)
+
+
+# ---------------------------------------- files and flags
+
+def on_stop_signal(handle):
+    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's stays ignored."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda signum, _: handle(signum))
+
+
+def say(text: str):
+    """Rank 0 prints; that nobody can read it any more (| tee and Ctrl-C) is no reason to end."""
+    with contextlib.suppress(OSError):
+        if RANK == 0:
+            tqdm.write(text)
+
+
+def fail(message: str):
+    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
+    time.sleep(10 if RANK > 0 else 0)  # for rank 0 to say it: the first rank that fails ends all
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def make_run_dir(args, name: str = SCRIPT):
+    """Rank 0: <log-dir>/<timestamp>-<name> with args.json, and its TensorBoard writer."""
+    if RANK > 0:
+        return None, None
+    run_dir = Path(args.log_dir, f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}")
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args) | dict(command=shlex.join(sys.argv)), indent=2))
+    return run_dir, SummaryWriter(run_dir)
+
+
+def parse_args():
+    """Numbers are finite and not negative, counts at least 1 (but for two), shares at most 1."""
+    args = tyro.cli(Args, description=__doc__)
+    for flag in fields(args):
+        value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
+        high = 1 if flag.type is Share else 10**9
+        if type(value) in (int, float) and not low <= value <= high:  # NaN is in no range
+            fail(f"--{flag.name.replace('_', '-')} {value} is not between {low} and {high}")
+    return args
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to lose
+    torch.set_num_threads(1)  # processes with threads cannot be forked, and slow each other down
+    args = parse_args()
+    task = dict(env_id=args.env_id, control_mode=args.control_mode)
+    checkpoint = load_checkpoint(args, task) if args.resume_dir else None
+    start_ranks(args)
+    try:
+        train(args, task, checkpoint)
+    except OSError as error:
+        fail(f"{error}; what was written before is whole: mend that, then resume")

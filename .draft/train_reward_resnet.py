@@ -1,0 +1,539 @@
+"""Stage 2: train a ResNet to say of a frame whether the task is done.
+
+    reads   data/success/, data/failure/, data/metadata.json, data/index.csv
+            of ppo_collect.py; or just your own pictures in the two folders:
+            PNG or JPEG, of any size
+    writes  reward_checkpoints/best_model.pt  lowest loss on held-out episodes:
+                                              the reward model of stage 4
+            reward_checkpoints/last_model.pt  where --resume goes on
+            reward_checkpoints/report.json    accuracy, precision, recall, ...
+            reward_checkpoints/report.csv     the probability of every frame
+            reward_checkpoints/mistakes.png   the worst mistakes
+            logs/<timestamp>-train_reward_resnet/  TensorBoard events, args.json
+
+    python train_reward_resnet.py                  # on a GPU if there is one
+    python train_reward_resnet.py --resume         # go on where a run stopped
+    python train_reward_resnet.py --evaluate <model.pt> --data-path more
+            writes report_more.json, report_more.csv and mistakes_more.png
+"""
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NewType
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but first look for work 5,000 times: a fifth faster
+import numpy as np  # noqa: E402
+import torch
+import torch.nn as nn
+import torchvision
+import tyro
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+SCRIPT, GPU, RANK = Path(__file__).stem, torch.cuda.is_available(), 0
+DEVICE = torch.device("cuda" if GPU else "cpu")
+Share = NewType("Share", float)  # a number between 0 and 1
+
+
+@dataclass
+class Args:
+    seed: int = 1  # of the split, the first weights, the order of the frames and their augmentation
+    data_path: tuple[str, ...] = ("data",)  # folders of frames, one or more
+    save_dir: str = "reward_checkpoints"  # folder of the checkpoints and reports
+    log_dir: str = "logs"  # parent of the runs' folders
+    resume: bool = False  # go on from <save-dir>/last_model.pt
+    evaluate: str = ""  # only score this reward model on all frames of --data-path
+
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # torchvision's (arXiv:1512.03385)
+    input_size: int = 224 if GPU else 112  # side in pixels to which frames are scaled
+    pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
+    epochs: int = 100 if GPU else 14  # passes over the frames at most
+    batch_size: int = 64 if GPU else 32  # frames in one step
+    lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in the first epoch, then falls to 0
+    val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
+    early_stopping_patience: int = 15  # end after so many epochs without a lower held-out loss
+    threshold: Share = 0.5  # probability above which the reports count a frame as done
+    random_shift: Share = 0.02  # augmentation: shift frames by up to this share of their side
+    color_jitter: Share = 0.2  # augmentation: change brightness and contrast by up to this share
+    easy_loss: float = 0.01  # frames with less loss than this are shown in every sixth epoch only
+    final_weight: float = 2.0  # in the loss, of frames that end an episode: these stage 4 scores
+    to_goal_weight: float = 2.0  # of the error (cm) of the vector from cube to goal, where index.csv knows it
+
+
+class RewardModel(nn.Module):
+    """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to
+    the goal, are there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
+
+    def __init__(self, arch: str, input_size: int):
+        super().__init__()
+        if arch not in ("resnet18", "resnet34", "resnet50") or not 32 <= input_size <= 1024:
+            raise ValueError(f"no such reward model: {arch} of {input_size} pixels")
+        self.input_size = input_size
+        self.resnet = torchvision.models.get_model(arch)
+        self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
+        features = self.resnet.fc.in_features * 4 * 4
+        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 4))
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1) * 255  # ImageNet's
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def scale(self, frames):
+        """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
+        return resize(frames.permute(0, 3, 1, 2), [self.input_size] * 2, antialias=True).permute(0, 2, 3, 1)
+
+    def forward(self, frames):
+        """(K, S, S, 3) in [0, 255] -> (K,) float32 logits, (K, 3) float32 cm. NHWC is channels_last."""
+        outputs = self.resnet((frames.permute(0, 3, 1, 2).float() - self.mean) / self.std).float()
+        return outputs[:, 0], outputs[:, 1:]
+
+    @torch.inference_mode()
+    def predict(self, frames, batch_size: int = 64):
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        device = self.mean.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
+            return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
+
+
+def augment(frames, cm, args, flip: bool):
+    """Shift whole frames, repeating their edges, change their brightness and contrast, and `flip` half of them
+    left to right, which is the scene mirrored in y: nothing moves the cube relative to the goal.
+
+    (B, S, S, 3) uint8 frames, (B, 3) vectors from cube to goal -> float32 in about [0, 255]; the vectors.
+    """
+    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(5, len(frames), device=frames.device) * 2 - 1
+    side = torch.where((u[4] < 0) & flip, -1.0, 1.0)
+    affine = torch.eye(2, 3, device=frames.device).repeat(len(frames), 1, 1)
+    affine[:, 0, 0] = side
+    affine[:, :, 2] = 2 * args.random_shift * u[:2].T
+    grid = nn.functional.affine_grid(affine, x.shape, align_corners=False)
+    x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    brightness, contrast = (args.color_jitter * u[2:4])[:, :, None, None, None]
+    x = x * (1 + contrast) + x.mean((1, 2, 3), keepdim=True) * (brightness - contrast)
+    return x.permute(0, 2, 3, 1), torch.stack([cm[:, 0], cm[:, 1] * side, cm[:, 2]], 1)
+
+
+def split_by_episode(labels, episodes, val_split: float, seed: int):
+    """(train, val): indices of frames; no episode is in both."""
+    order, frames = np.unique(episodes, return_counts=True)
+    chosen = np.random.default_rng(seed).permutation(len(order))
+    chosen = chosen[:1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * len(labels))]
+    held_out = np.isin(episodes, order[chosen])
+    if any(len(np.unique(labels[part])) < 2 for part in (held_out, ~held_out)):
+        fail(f"too few frames to split: {labels.sum()} successes and {(~labels).sum()} failures in {len(order)} "
+             f"episodes with --val-split {val_split} leave a class missing on one side; collect more")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def frame_weights(labels, final, final_weight: float):
+    """Weights in the loss: (M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32.
+
+    Frames that end an episode weigh `final_weight` times as much as others. Then each class has half of
+    the sum: successes are all ends, failures few, and neither class may outvote the other.
+    """
+    weights = np.where(final, final_weight, 1.0)
+    successes = weights[labels].sum() / weights.sum()
+    return torch.from_numpy(weights * np.where(labels, 0.5 / successes, 0.5 / (1 - successes))).float()
+
+
+def train(args: Args, data: dict, contract: dict):
+    # Model
+    torch.manual_seed(args.seed)
+    model = RewardModel(args.arch, args.input_size)
+    if args.pretrained:
+        load_imagenet_weights(model, args.arch)
+    model.to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
+
+    # Data
+    labels, flip = data["labels"], "views" in contract and views_mirror(contract["views"])
+    train_idx, val_idx = split_by_episode(labels, data["episodes"], args.val_split, args.seed)
+    train_frames = load_frames(data["files"][train_idx], contract, model, "decoding")
+    val_frames = load_frames(data["files"][val_idx], contract, model, "decoding held-out")
+    if GPU and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:  # bytes free
+        train_frames = train_frames.to(DEVICE)
+    all_labels, final = torch.from_numpy(labels).float(), data["kinds"]["ends an episode"]
+    train_labels, val_labels = all_labels[train_idx], all_labels[val_idx]
+    train_weights, val_weights = (frame_weights(labels[idx], final[idx], args.final_weight) for idx in (train_idx, val_idx))
+    train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
+    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
+    frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
+    print(f"{len(train_idx)} frames to train on and {len(val_idx)} held out, in whole episodes, on {DEVICE}")
+
+    # Where an interrupted training stopped
+    state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, frame_losses=frame_losses)
+    fixed = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")} | dict(frames=len(labels))
+    if args.resume:
+        state = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, state, model, optimizer)
+    Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+    _, writer = make_run_dir(args)
+
+    stop_signals = []
+    on_stop_signal(stop_signals.append)
+    while state["epoch"] < args.epochs and state["epoch"] - state["best_epoch"] < args.early_stopping_patience:
+        epoch, start_time = state["epoch"] + 1, time.time()
+        torch.manual_seed(args.seed * 100_003 + epoch)  # an epoch is the same whether resumed or not
+
+        # Train
+        model.train()
+        order, frame_losses = torch.randperm(len(train_idx)), state["frame_losses"].to(DEVICE, copy=True)
+        easy = state["frame_losses"][order] < args.easy_loss
+        order = order[~easy | (easy.cumsum(0) % 6 == 1)]
+        batches = order.tensor_split(max(1, len(order) // args.batch_size))
+        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch}", unit="step", leave=False)):
+            if stop_signals:
+                break
+            for group in optimizer.param_groups:  # large first steps may kill every ReLU of the head
+                group["lr"] = args.lr * ((step + 1) / len(batches) if epoch == 1 else 1 - (epoch - 1) / args.epochs)
+            x, to_goal_cm = augment(train_frames[batch].to(DEVICE), train_cm[batch].to(DEVICE), args, flip)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast_bf16(DEVICE.type)):
+                logits, cm = model(x)
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits, train_labels[batch].to(DEVICE), reduction="none")
+            cm_error = (cm - to_goal_cm).abs().mean(1).nan_to_num()  # NaN: not known
+            optimizer.zero_grad()
+            (train_weights[batch].to(DEVICE) * losses + args.to_goal_weight * cm_error).mean().backward()
+            optimizer.step()
+            frame_losses[batch.to(DEVICE)] = losses.detach()
+        if stop_signals:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
+            resume = " --resume" if state["epoch"] and not args.resume else ""
+            return say(f"To go on: {shlex.join(['python', *sys.argv])}{resume}")
+        images_per_s = len(order) / (time.time() - start_time)
+
+        # Validate
+        model.eval()
+        probs = model.predict(val_frames).cpu()
+        val_loss = nn.functional.binary_cross_entropy(probs, val_labels, val_weights / val_weights.mean()).item()
+        state |= dict(epoch=epoch, seconds=state["seconds"] + time.time() - start_time, frame_losses=frame_losses.cpu())
+        train_loss = state["frame_losses"].mean().item()
+        if not np.isfinite([train_loss, val_loss]).all():
+            fail(f"the loss is no longer finite in epoch {epoch}; go on with --resume and a smaller --lr")
+
+        # Checkpoint
+        improved = val_loss < state["best_loss"]
+        if improved:
+            state |= dict(best_epoch=epoch, best_loss=val_loss)
+            save_model(Path(args.save_dir, "best_model.pt"), model, contract, args)
+        save_model(Path(args.save_dir, "last_model.pt"), model, contract, args,
+                   state=state, fixed=fixed, optimizer=optimizer.state_dict())
+
+        # Log
+        report = score(probs.numpy(), labels[val_idx], {}, args.threshold)
+        scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss, "charts/images_per_s": images_per_s}
+        scalars |= {f"reward_model/{name}": value for name, value in report.items() if isinstance(value, float)}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, epoch)
+        say(f"epoch {epoch}: {len(order)} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy "
+            f"{report['accuracy']:.4f}, {images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min"
+            f"{' *' if improved else ''}")
+
+    model, _ = load_reward_model(Path(args.save_dir, "best_model.pt"), DEVICE)
+    say(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
+    picture = write_report(model.predict(val_frames), data, val_idx, args, best_epoch=state["best_epoch"],
+                           train_frames=len(train_idx), minutes=state["seconds"] / 60)
+    writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
+    writer.close()
+    say(f"{Path(args.save_dir, 'best_model.pt')} is ready{' for stage 4' if 'views' in contract else ''}")
+
+
+# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+
+# ---------------------------------------- data
+
+PICTURES = dict(format_version=3, source="pictures")  # the contract of anyone's own
+KINDS = ("ends an episode", "near miss", "ambiguous", "other")
+LABELS = ("success", "failure")
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
+
+
+def read_data(data_path):
+    """What is in the folders of frames, without opening one.
+
+    Returns:
+        dict of (M,) arrays: files; labels, True is success; episodes, where a frame without a row in index.csv
+            is one of its own; kinds, {kind: bool}: frames that end an episode, failures with the cube 2.5 to
+            5 cm from the goal, failures with the cube at the goal and the robot still moving, the rest;
+            to_goal, (M, 3) float32 metres from cube to goal, NaN where index.csv does not say;
+        the contract, metadata.json, the same in all folders.
+    """
+    rows, contracts = [], []
+    for folder in map(Path, data_path):
+        found, contract = read_folder(folder)
+        rows += found
+        contracts.append(contract)
+        differing = differences(contract, contracts[0])
+        if differing:
+            fail(f"the frames in {folder} were made differently from those in {data_path[0]}: {differing}")
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    if len(np.unique(columns.get("labels", []))) < 2:
+        fail(f"{' '.join(data_path)}: no frames of success/ and failure/ there; collect them with ppo_collect.py")
+    labels, placed = columns["labels"], columns.pop("placed")
+    _, columns["episodes"] = np.unique(columns["episodes"], return_inverse=True)
+    near = np.linalg.norm(columns["to_goal"], axis=1) <= 0.05
+    kinds = [columns.pop("final"), ~labels & ~placed & near, ~labels & placed]
+    kinds.append(~np.any(kinds, axis=0))
+    return columns | dict(kinds=dict(zip(KINDS, kinds))), contracts[0]
+
+
+def read_folder(folder: Path):
+    index, metadata, rows = folder / "index.csv", folder / "metadata.json", {}
+    try:
+        contract = dict(json.loads(metadata.read_text())) if metadata.exists() else PICTURES
+        if contract != PICTURES:
+            views_mirror(contract["views"])  # can be read
+            if contract["format_version"] != 3 or not 32 <= min(contract["width"], contract["height"]) <= 4096:
+                raise ValueError("it is of another version of the project, or of a strange size")
+        with open(index, newline="") if index.exists() else io.StringIO() as table:
+            for row in csv.DictReader(table):
+                to_goal = [float(row.get(axis) or "nan") for axis in TO_GOAL]
+                rows[row["file"]] = dict(episodes=f"{folder} {int(row['episode'])}", final=row["is_final"] == "1",
+                                         placed=row.get("is_obj_placed") == "1", to_goal=to_goal)
+                if not row["file"].startswith(row["label"] + "/"):
+                    raise ValueError(f"{row['file']} is labelled {row['label']}; move it back or remove the row")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
+        fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(error).__name__}: {str(error)[:150]}")
+    found = []
+    for label in LABELS:
+        for file in sorted((folder / label).iterdir()) if (folder / label).is_dir() else ():
+            if file.name.startswith(".") or file.name.endswith((".tmp", "Thumbs.db", "desktop.ini")):
+                continue
+            if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+                fail(f"{file} is neither a PNG nor a JPEG; remove it")
+            unknown = dict(episodes=str(file), final=False, placed=False, to_goal=[float("nan")] * 3)
+            row = rows.get(f"{label}/{file.name}", unknown)
+            found.append(row | dict(files=str(file), labels=label == "success"))
+    return found, contract
+
+
+def views_mirror(views: dict) -> bool:
+    """Whether the views, from left to right, mirror each other in the plane y = 0, so that a frame flipped left
+    to right is a frame of the mirrored scene, and has the same label."""
+    views = list(views.values())
+    poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # position, quaternion wxyz
+    mirrored = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
+    mirrored[(poses * mirrored)[:, 3:].sum(1) < 0, 3:] *= -1  # q and -q are the same
+    others = [(view["fov"], view.get("mount")) for view in views]
+    return np.allclose(poses, mirrored, atol=1e-3) and others == others[::-1]
+
+
+def load_frames(files, contract: dict, model, progress: str):
+    """Decode the pictures once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole,
+    with 8 bits a channel, as large as the contract says; headers are checked before memory is taken."""
+    def decode(file):
+        try:
+            with Image.open(file, formats=["PNG", "JPEG"]) as image:
+                size = contract.get("width", image.width), contract.get("height", image.height)
+                if image.size != size:
+                    return f"{file} is {image.width}x{image.height} and metadata.json says {size[0]}x{size[1]}"
+                if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
+                    return f"{file} does not have 8 bits a channel (Pillow's mode {image.mode})"
+                picture = ImageOps.exif_transpose(image).convert("RGB")  # a telephone may have been held upright
+            return model.scale(torch.from_numpy(np.array(picture))[None])[0]
+        except (OSError, SyntaxError, ValueError, AttributeError, RecursionError, Image.DecompressionBombError) as error:
+            return f"{file} is not a whole picture ({str(error)[:80]})"
+
+    frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:
+        for k in tqdm(range(0, len(files), 256), desc=progress, unit="256 frames"):
+            chunk = list(pool.map(decode, files[k:k + 256]))
+            for problem in (frame for frame in chunk if isinstance(frame, str)):
+                fail(f"{problem}; mend it, or remove it and its row of index.csv")
+            frames[k:k + 256] = torch.stack(chunk)
+    return frames
+
+
+# ---------------------------------------- reports
+
+def score(probs, labels, kinds: dict, threshold: float) -> dict:
+    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and for each kind of frame; null for 0 / 0."""
+    def ratio(a, b):
+        return float(a.sum() / b.sum()) if b.any() else None
+
+    said, right = probs > threshold, (probs > threshold) == labels
+    return dict(frames=len(labels), accuracy=ratio(right, labels == labels), precision=ratio(said & labels, said),
+                recall=ratio(said & labels, labels), false_positive_rate=ratio(said & ~labels, ~labels),
+                threshold=threshold, kinds={kind: dict(
+                    frames=int(of.sum()), accuracy=ratio(right & of, of), failures=int((of & ~labels).sum()),
+                    false_positive_rate=ratio(said & of & ~labels, of & ~labels)) for kind, of in kinds.items()})
+
+
+def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
+    """The frames that are most wrong, each with its probability: (H, W, 3) uint8. Green frame: a success."""
+    wrong = np.flatnonzero((probs > threshold) != labels)
+    wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
+    sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
+    for k, i in enumerate(wrong):
+        cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
+        with Image.open(files[i]) as image:
+            cell.paste(ImageOps.exif_transpose(image).convert("RGB").resize((size - 6, size - 6)), (3, 3))
+        text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
+        ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
+        sheet.paste(cell, (k % columns * size, k // columns * size))
+    return np.asarray(sheet)
+
+
+def write_report(probs, data, idx, args, name: str = "", **more):
+    """Print how good `probs` are for the frames `idx`; report<name>.json and .csv, mistakes<name>.png."""
+    probs, files, labels = probs.cpu().numpy(), data["files"][idx], data["labels"][idx]
+    report = score(probs, labels, {kind: of[idx] for kind, of in data["kinds"].items()}, args.threshold)
+    for kind, r in [("all", report), *report["kinds"].items()]:
+        numbers = [f"{k.replace('_', ' ')} {r[k]:.4f}" for k in ("accuracy", "precision", "recall", "false_positive_rate")
+                   if r.get(k) is not None]
+        say(f"  {kind:15} {r['frames']:6} frames: {', '.join(numbers)}")
+    picture, png, table = draw_mistakes(files, probs, labels, args.threshold), io.BytesIO(), io.StringIO()
+    Image.fromarray(picture).save(png, "PNG")
+    rows = ((file, LABELS[not label], f"{prob:.6f}") for file, label, prob in zip(files, labels, probs))
+    csv.writer(table, lineterminator="\n").writerows([("file", "label", "probability"), *rows])
+    for file, content in ((f"mistakes{name}.png", png.getvalue()), (f"report{name}.csv", table.getvalue().encode()),
+                          (f"report{name}.json", json.dumps(report | more, indent=2).encode())):
+        write_file(Path(args.save_dir, file), content)
+    return picture
+
+
+def evaluate_reward_model(args, data, contract):
+    """Score --evaluate's model on all frames of --data-path."""
+    model, known = load_reward_model(args.evaluate, DEVICE)
+    differing = differences(known, contract)
+    if differing:
+        fail(f"{args.evaluate} knows frames made differently from those in {args.data_path[0]}: {differing}")
+    Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+    probs = model.predict(load_frames(data["files"], contract, model, "decoding"))
+    write_report(probs, data, np.arange(len(probs)), args, f"_{Path(args.data_path[0]).resolve().name}")
+
+
+# ---------------------------------------- models
+
+def load_imagenet_weights(model, arch: str):
+    try:
+        weights = torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
+        fail(f"--pretrained: the ImageNet weights could not be downloaded ({error}); train without it")
+    model.resnet.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False)
+
+
+def save_model(path: Path, model, contract: dict, args, **more):
+    buffer = io.BytesIO()
+    torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, input_size=model.input_size,
+                    contract=contract, args=asdict(args), **more), buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_last_model(path: Path, fixed: dict, state: dict, model, optimizer) -> dict:
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        differing = differences(last["fixed"], fixed)
+        if not differing:
+            model.load_state_dict(last["model"])
+            optimizer.load_state_dict(last["optimizer"])
+            return {name: last["state"][name] for name in state}
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"--resume: {path} cannot be read ({str(error)[:150]!r}); train without --resume")
+    fail(f"--resume: {path} was trained otherwise: {differing}")
+
+
+# ---------------------------------------- contract
+
+def differences(theirs: dict, ours: dict) -> str:
+    """What two contracts disagree on, but for the version of ManiSkill; a contract is flat."""
+    keys = sorted({*theirs, *ours} - {"mani_skill_version"})
+    return "; ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in keys
+                     if theirs.get(key) != ours.get(key))
+
+
+def write_file(path: Path, data: bytes):
+    """Via a temporary file, so that `path` never holds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+# ---------------------------------------- reward model
+
+@functools.cache
+def fast_bf16(device_type: str) -> bool:
+    """Whether bfloat16 beats float32 there. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device_type == "cuda" or "amx_bf16" in cpuinfo or "AuthenticAMD" in cpuinfo and "avx512_bf16" in cpuinfo
+
+
+def load_reward_model(path: str, device):
+    """The model of train_reward_resnet.py in a file, or in a folder's best_model.pt, and its contract."""
+    path = Path(path, "best_model.pt") if Path(path).is_dir() else path
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["contract"].get("format_version") != 3:
+            raise ValueError("it is of another version of the project: train it anew")
+        model = RewardModel(checkpoint["arch"], checkpoint["input_size"])
+        model.load_state_dict(checkpoint["model"])
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise ValueError("it has weights that are not finite")
+        return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["contract"]
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+        fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error)[:150]!r})")
+
+
+# ---------------------------------------- files and flags
+
+def on_stop_signal(handle):
+    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's stays ignored."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda signum, _: handle(signum))
+
+
+def say(text: str):
+    """Rank 0 prints; that nobody can read it any more (| tee and Ctrl-C) is no reason to end."""
+    with contextlib.suppress(OSError):
+        if RANK == 0:
+            tqdm.write(text)
+
+
+def fail(message: str):
+    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
+    time.sleep(10 if RANK > 0 else 0)  # for rank 0 to say it: the first rank that fails ends all
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def make_run_dir(args, name: str = SCRIPT):
+    """Rank 0: <log-dir>/<timestamp>-<name> with args.json, and its TensorBoard writer."""
+    if RANK > 0:
+        return None, None
+    run_dir = Path(args.log_dir, f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}")
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args) | dict(command=shlex.join(sys.argv)), indent=2))
+    return run_dir, SummaryWriter(run_dir)
+
+
+def parse_args():
+    """Numbers are finite and not negative, counts at least 1 (but for two), shares at most 1."""
+    args = tyro.cli(Args, description=__doc__)
+    for flag in fields(args):
+        value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
+        high = 1 if flag.type is Share else 10**9
+        if type(value) in (int, float) and not low <= value <= high:  # NaN is in no range
+            fail(f"--{flag.name.replace('_', '-')} {value} is not between {low} and {high}")
+    return args
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to lose
+    args = parse_args()
+    data, contract = read_data(args.data_path)
+    try:
+        (evaluate_reward_model if args.evaluate else train)(args, data, contract)
+    except OSError as error:
+        fail(f"{error}; what was written before is whole: mend that, then resume")
