@@ -35,7 +35,7 @@ def rate(step, frames, repeats):
 
 def training(frames, size, repeats, channels_last=True, bf16=False, compiled=False):
     torch.manual_seed(0)
-    model = RewardModel("resnet18", 256, size)
+    model = RewardModel("resnet18", size)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -44,7 +44,7 @@ def training(frames, size, repeats, channels_last=True, bf16=False, compiled=Fal
     batch = model.scale(frames[:BATCH])
 
     def step():
-        x, _ = augment(batch, torch.zeros(BATCH, 3), Args())
+        x, _ = augment(batch, torch.zeros(BATCH, 3), Args(), True)
         if not channels_last:
             x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -83,8 +83,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     files = sorted(Path(options.data).glob("*/*.png"))[:1024]
     size = Image.open(files[0]).width
-    full = RewardModel("resnet18", 256, size)
-    frames = load_frames(files, dict(image_size=[3, size, size]), full, "decoding")
+    full = RewardModel("resnet18", size)
+    frames = load_frames(files, dict(width=size, height=size), full, "decoding")
 
     print(f"ResNet-18, batches of {BATCH}, {torch.get_num_threads()} threads, frames a second")
     print("  input  layout         precision  compiled  training  inference")
@@ -99,11 +99,11 @@ if __name__ == "__main__":
 
     def memory_epoch():
         for batch in torch.randperm(len(frames)).split(BATCH):
-            augment(frames[batch], torch.zeros(len(batch), 3), Args())
+            augment(frames[batch], torch.zeros(len(batch), 3), Args(), True)
 
     def png_epoch(workers):
         loader = torch.utils.data.DataLoader(PNGs(files), BATCH, shuffle=True, num_workers=workers)
-        return lambda: [augment(batch, torch.zeros(len(batch), 3), Args()) for batch in loader]
+        return lambda: [augment(batch, torch.zeros(len(batch), 3), Args(), True) for batch in loader]
 
     print("batches alone, without the network, frames a second")
     print(f"  decoded once into memory      {rate(memory_epoch, len(files), 3):8.0f}")

@@ -21,14 +21,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ppo_collect import CAMERAS, VIDEO_CAMERA, Agent, Args, make_envs, make_task  # noqa: E402
+from ppo_collect import CAMERAS, FILM_VIEWS, Agent, Args, ManiSkillEnvs  # noqa: E402
 
 POLICY = Path(__file__).with_name("policy.pt")
-TASK = "pd_joint_delta_pos", "physx_cpu"
 
 
 def make(env_id, num_envs, camera=None):
-    return make_envs(Args(env_id=env_id, sim_backend="physx_cpu"), num_envs, camera)
+    return ManiSkillEnvs(Args(sim_backend="physx_cpu"), dict(env_id=env_id, control_mode="pd_joint_delta_pos"), num_envs, camera)
+
+
+def make_stock(env_id):
+    return gym.make(env_id, num_envs=1, obs_mode="state", reward_mode="normalized_dense", control_mode="pd_joint_delta_pos",
+                    sim_backend="physx_cpu", render_backend="none")
 
 
 def make_policy(envs, trained):
@@ -72,7 +76,7 @@ class TimedPhysics:
 def one_core(env_id, num_envs, rounds, trained):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ours, timed, stock = make(env_id, num_envs), make(env_id, num_envs), make_task(env_id, 1, *TASK)
+    ours, timed, stock = make(env_id, num_envs), make(env_id, num_envs), make_stock(env_id)
     clock, px = [0.0], timed.unwrapped.scene.px
     px.systems = [TimedPhysics(system, clock) for system in px.systems]
     policy, results = make_policy(ours, trained), []
@@ -108,7 +112,7 @@ def make_wrapped():
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
     torch.set_num_threads(1)
-    return CPUGymWrapper(make_task("PickCube-v1", 1, *TASK))
+    return CPUGymWrapper(make_stock("PickCube-v1"))
 
 
 def all_cores(num_envs, rounds):
@@ -135,8 +139,8 @@ def all_cores(num_envs, rounds):
 
 
 def rendering(frames=30):
-    views = {"frames of 224x224, two views": CAMERAS["goal"], "one view of the whole scene": VIDEO_CAMERA["views"]}
-    frame = dict(width=224, height=224, shader_pack="minimal")
+    views = {"frames of 224x224, two views": CAMERAS["goal"], "one view of the whole scene": FILM_VIEWS}
+    frame = dict(width=224, height=224, shader_pack="minimal", show_goal_site=True)
     envs = {(name, meshes): make("PickCube-v1", 1, dict(frame, views=view, meshes=meshes))
             for name, view in views.items() for meshes in ("light", "stock")}
     times = {key: [] for key in envs}

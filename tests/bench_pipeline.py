@@ -32,20 +32,21 @@ class Pipeline:
     def __init__(self, folder: Path, seed: int, flags: dict):
         self.folder, self.seed, self.flags = folder, seed, flags
 
-    def run_dir(self, stage: int):
-        return max(self.folder.glob(f"logs/*-{SCRIPTS[stage]}"), default=None)
+    def run_dirs(self, stage: int):
+        """Of the stage's parts: each command makes a folder of its own."""
+        return sorted(map(str, self.folder.glob(f"logs/*-{SCRIPTS[stage]}")))
 
     def begun(self, stage: int) -> bool:
         """Is there something to go on with?"""
         if stage == 2:
             return (self.folder / "reward_checkpoints/last_model.pt").exists()
-        return self.run_dir(stage) is not None and any(self.run_dir(stage).glob("checkpoints/*/checkpoint.pt"))
+        return any(self.folder.glob(f"logs/*-{SCRIPTS[stage]}/checkpoints/*/checkpoint.pt"))
 
     def command(self, stage: int) -> list:
         command = [sys.executable, str(ROOT / f"{SCRIPTS[stage]}.py"), "--seed", str(self.seed), *self.flags[stage]]
         if self.begun(stage):
-            return command + (["--resume"] if stage == 2 else ["--resume-dir", str(self.run_dir(stage))])
-        return command + (["--resume-dir", str(self.run_dir(3))] if stage == 4 else [])
+            return command + (["--resume"] if stage == 2 else ["--resume-dir", *self.run_dirs(stage)])
+        return command + (["--resume-dir", *self.run_dirs(3)] if stage == 4 else [])
 
     def run(self, stage: int):
         """Run the stage to its end, and note how long it took."""
@@ -86,7 +87,7 @@ class Pipeline:
 
     def ends_that_are_paid(self, report: Path) -> dict:
         """{label: for each of the report's frames that end an episode, whether it is above stage 4's threshold}"""
-        from ppo_resnet_reward import RewardArgs
+        from ppo_resnet_reward import Args
         paid, ends = dict(success=[], failure=[]), {}
         with open(report) as f:
             for row in csv.DictReader(f):
@@ -96,7 +97,7 @@ class Pipeline:
                     with open(data / "index.csv") as index:
                         ends[data] = {frame["file"] for frame in csv.DictReader(index) if frame["is_final"] == "1"}
                 if f"{row['label']}/{file.name}" in ends[data]:
-                    paid[row["label"]].append(float(row["probability"]) > RewardArgs.threshold)
+                    paid[row["label"]].append(float(row["probability"]) > Args.threshold)
         return paid
 
     def results(self) -> dict:
@@ -104,9 +105,13 @@ class Pipeline:
         seconds = json.loads((self.folder / "seconds.json").read_text())
         rows, metrics = {}, {}
         for stage in (1, 3, 4):
-            events = EventAccumulator(str(self.run_dir(stage)), size_guidance=dict(scalars=0))
-            events.Reload()
-            metrics[stage] = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+            metrics[stage] = {}
+            for run_dir in self.run_dirs(stage):
+                events = EventAccumulator(run_dir, size_guidance=dict(scalars=0))
+                events.Reload()
+                for tag in events.Tags()["scalars"]:
+                    metrics[stage].setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
+            metrics[stage] = {tag: [values[step] for step in sorted(values)] for tag, values in metrics[stage].items()}
 
         def policy(stage):
             if stage < 4:

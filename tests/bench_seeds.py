@@ -34,9 +34,11 @@ EVAL_EVERY = 64_000  # env steps
 
 
 def recipe(script) -> dict:
-    """The values of PPOArgs on a CPU."""
-    on_cpu = {name: values[1] for name, values in script.GPU_CPU_DEFAULTS.items()}
-    return {name: on_cpu.get(name, value) for name, value in dataclasses.asdict(script.PPOArgs()).items()}
+    """The flags that both stages have, on a machine without a GPU."""
+    assert not script.GPU, "a GPU has other defaults"
+    common = {field.name for field in dataclasses.fields(ppo_dense.Args)} & {
+        field.name for field in dataclasses.fields(ppo_collect.Args)}
+    return {name: value for name, value in dataclasses.asdict(script.Args()).items() if name in common}
 
 
 class Run:
@@ -48,9 +50,9 @@ class Run:
         self.seed, self.folder, self.log = seed, folder, folder / "output.log"
         self.whole = ppo["num_iterations"] * global_step
         self.last = min(env_steps, self.whole)
-        self.command = [sys.executable, str(ROOT / "ppo_dense.py"), "--seed", str(seed), "--no-cuda", "--num-procs", "1",
+        self.command = [sys.executable, str(ROOT / "ppo_dense.py"), "--seed", str(seed), "--num-procs", "1",
                         "--eval-freq", str(EVAL_EVERY // global_step), "--no-capture-video", "--log-dir", str(folder),
-                        "--stop-at-success", "None"]
+                        "--stop-at-success", "1"]
 
     def curve(self) -> dict:
         """{env steps: (success_once, episode_len)} of the evaluations so far; a continued run says some of them again."""
@@ -62,8 +64,8 @@ class Run:
 
     def start(self, core: int):
         self.folder.mkdir(parents=True, exist_ok=True)
-        begun = [file.parents[2] for file in self.folder.glob("*/checkpoints/*/checkpoint.pt")]
-        resume = ["--resume-dir", str(max(begun))] if begun else []
+        begun = any(self.folder.glob("*/checkpoints/*/checkpoint.pt"))
+        resume = ["--resume-dir", str(self.folder)] if begun else []
         self.core = core
         with open(self.log, "a") as log, open(self.folder / "errors.log", "w") as errors:
             self.process = subprocess.Popen(self.command + resume, stdout=log, stderr=errors,

@@ -15,10 +15,10 @@ import sapien
 import torch
 from mani_skill.utils.sapien_utils import look_at
 from PIL import Image, ImageDraw
-from test_env import load_policy, make
+from test_env import TASK, load_policy, make
 
 from ppo_collect import CAMERAS as OURS
-from ppo_collect import make_task
+from ppo_collect import make_scenes
 
 
 def looking(eye, target, fov, **mount):
@@ -40,8 +40,8 @@ NUM_ENVS, STATES, EXAMPLES, SIDE = 24, 24, 4, 200
 
 def main(path):
     envs = make(NUM_ENVS)
-    frame = dict(width=224, height=224, shader_pack="minimal", meshes="light")
-    studios = [make_task("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", dict(frame, views=views)).unwrapped
+    frame = dict(width=224, height=224, shader_pack="minimal", meshes="light", show_goal_site=True)
+    studios = [make_scenes(TASK, 1, "physx_cpu", dict(frame, views=views)).unwrapped
                for views in CAMERAS.values()]
     policy, pixels, labels = load_policy(), [[] for _ in studios], []
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sapien
 import torch
-from test_env import CAMERA, load_policy, make
+from test_env import TASK, load_policy, make
 
 from ppo_collect import Args, FrameCollector, make_contract
 
@@ -27,13 +27,13 @@ def renderer():
 def frames(tmp_path_factory):
     """64 successes of the trained policy, and 64 frames with the cube more than 10 cm from the goal."""
     args = Args(save_dir=str(tmp_path_factory.mktemp("frames") / "data"), target_success=64, target_failure=64, meshes="light")
-    collector, policy = FrameCollector(args, make_contract(args)), load_policy()
+    contract = make_contract(args, TASK, make(1))
+    collector, policy, envs = FrameCollector(args, contract), load_policy(), make(16, contract)
     torch.manual_seed(0)
-    envs = make(16, CAMERA)
     obs, _ = envs.reset(seed=0)
     episode, step = torch.arange(16), torch.zeros(16, dtype=torch.int64)
     args.sample_rate_fail = 0.06
-    while collector.share() < 1:
+    while collector.progress() < 1:
         with torch.no_grad():
             obs, _, terminated, truncated, info = envs.step(policy.get_action_and_logprob(obs)[0])
         done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
@@ -47,6 +47,7 @@ def frames(tmp_path_factory):
             episode[idx] += 16
             step[idx] = 0
             collector.file()
+    os.close(collector.folder.lock)  # others may write there
     return Path(args.save_dir)
 
 

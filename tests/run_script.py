@@ -25,7 +25,7 @@ def run(script, cwd, *args, code=0):
         raise AssertionError("ranks need a process of their own")
 
     path, out, err, ended = str(ROOT / f"{script}.py"), io.StringIO(), io.StringIO(), 0
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     kept = sys.argv, os.fork, os.getcwd(), torch.get_num_threads()
     try:
         sys.argv, os.fork = [path, *map(str, args)], no_ranks

@@ -1,8 +1,10 @@
 """Stage 1: the frame collector, and ppo_collect.py as people run it (real processes, real rendering, real files)."""
+import contextlib
 import csv
 import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -20,12 +22,18 @@ import torch
 from mani_skill.utils.sapien_utils import look_at
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_env import CAMERA, ROOT, Pair, load_policy, make
+from test_env import CAMERA, ROOT, TASK, Pair, load_policy, make
 
 import ppo_collect
-from ppo_collect import FrameCollector, frame_camera, make_contract, make_task
+import ppo_resnet_reward
+from ppo_collect import FrameCollector, make_scenes
 
 Args = functools.partial(ppo_collect.Args, meshes="light")  # as on a CPU by default
+
+
+def make_contract(args, **task):
+    return ppo_collect.make_contract(args, TASK | task, make(1, **task))
+
 
 SMALL = ["--num-eval-envs", "2", "--no-capture-video"]
 
@@ -45,8 +53,8 @@ def install_policy(tmp_path):
     return folder.parents[1]
 
 
-def check_folder(data, success, failure, staggered=False):
-    """Dense numbering, whole 224x224 RGB frames, index.csv in agreement with the folder and with each PNG.
+def check_folder(data, success, failure, staggered=False, dense=True):
+    """Whole 224x224 RGB frames, and index.csv in agreement with the folder; numbered without gaps where none was replaced.
 
     The time-outs of a run's first episodes are `staggered`: they come before step 50.
     """
@@ -55,16 +63,14 @@ def check_folder(data, success, failure, staggered=False):
     assert len(rows) == success + failure
     for label, count in (("success", success), ("failure", failure)):
         files = sorted(p.name for p in (data / label).iterdir())
-        assert files == [f"{n:04d}.png" for n in range(1, count + 1)]
+        assert not dense or files == [f"{n:04d}.png" for n in range(1, count + 1)]
         mine = [row for row in rows if row["label"] == label]
-        assert [row["file"] for row in mine] == [f"{label}/{name}" for name in files]
+        assert sorted(row["file"] for row in mine) == [f"{label}/{name}" for name in files]
         assert len({(row["episode"], row["step"]) for row in mine}) == count, "a frame was saved twice"
         for row in mine:
             with Image.open(data / row["file"]) as image:
                 image.load()
                 assert image.size == (224, 224) and image.mode == "RGB"
-                inside = json.loads(image.text["row"])
-            assert {k: str(v) for k, v in inside.items()} == {k: row[k] for k in inside}
             placed, static = row["is_obj_placed"] == "1", row["is_robot_static"] == "1"
             assert (label == "success") == (placed and static)
             to_goal = float(row["cube_to_goal"])  # rounded to 0.01 mm
@@ -88,7 +94,7 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
     def drive(photograph):
         """The same scenes, seeds and actions whoever is watching."""
         torch.manual_seed(4)
-        pair = Pair(num_envs, 21, camera=CAMERA)
+        pair = Pair(num_envs, 21, CAMERA)
         episode, episode_step = torch.arange(num_envs), torch.zeros(num_envs, dtype=torch.int64)
         noise = torch.Generator().manual_seed(0)
         for t in range(steps):
@@ -100,7 +106,7 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
             torch.manual_seed(1000 + t)
             if done.any():
                 idx = done.nonzero().squeeze(-1)
-                pair.reset(idx, 100 * t)
+                pair.reset(idx)
                 episode[idx] += num_envs
                 episode_step[idx] = 0
 
@@ -108,13 +114,13 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
     drive(lambda pair, info, done, episode, step: collector.photograph(
         pair.envs, pair.obs, info, done, 1, 0, episode=episode, step=step))
     collector.folder.file()
-    rows = check_folder(tmp_path / "data", **collector.folder.counts)
+    rows = check_folder(tmp_path / "data", **collector.folder.counts, dense=False)
     assert collector.folder.counts["success"] >= 3 and collector.folder.counts["failure"] >= 10
 
     wanted = {(int(row["episode"]), int(row["step"])): row for row in rows}
     seen = []
 
-    studio = make_task("PickCube-v1", 1, "pd_joint_delta_pos", "physx_cpu", CAMERA).unwrapped
+    studio = make_scenes(TASK, 1, "physx_cpu", CAMERA).unwrapped
     studio.reset(seed=0)
 
     def rebuild(pair, info, done, episode, step):
@@ -142,37 +148,21 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
 
 def test_cameras():
     """--camera: as named, and by default what the task has."""
-    def views(**flags):
-        return make_contract(Args(**flags))["camera"]
+    def views(env_id="PickCube-v1", **flags):
+        return make_contract(Args(**flags), env_id=env_id)["views"]
 
     assert views() == views(camera="goal") == ppo_collect.CAMERAS["goal"] != views(camera="workspace")
-    assert views(camera="workspace", env_id="PushCube-v1") == ppo_collect.CAMERAS["workspace"]
-    task, = views(env_id="PushCube-v1").values()
-    assert task == views(env_id="PushCube-v1", camera="task")["render_camera"] and task["fov"] == 1.0
+    assert views("PushCube-v1", camera="workspace") == ppo_collect.CAMERAS["workspace"]
+    task, = views("PushCube-v1").values()
+    assert task == views("PushCube-v1", camera="task")["render_camera"] and task["fov"] == 1.0
     assert look_at([0.6, 0.7, 0.6], [0, 0, 0.35]).raw_pose[0].tolist() == pytest.approx(task["pose"], abs=1e-5)
-
-
-def test_frames_that_do_not_show_the_task(tmp_path, capsys):
-    """A camera beside the scene is noticed before the first frame; the task's own is not, nor one that moves with the goal."""
-    def warning(**view):
-        args = Args(save_dir=str(tmp_path / f"data{len(list(tmp_path.iterdir()))}"), env_id="PushCube-v1", **view)
-        contract = make_contract(args)
-        if not view:
-            contract["camera"] = dict(aside=dict(pose=look_at([2, 2, 1], [3, 3, 0]).raw_pose[0].tolist(), fov=0.5))
-        FrameCollector(args, contract).warn_of_unseen(make(2, frame_camera(contract), env_id="PushCube-v1"))
-        return capsys.readouterr().err
-
-    aside = warning()
-    assert "the frames hardly show" in aside and "cube" in aside and "goal_region" in aside and "--camera" in aside
-    assert "hardly show" not in warning(camera="task")
 
 
 @pytest.mark.parametrize("rates, chosen", [
     (dict(sample_rate_success=1.0), lambda success, placed, near, done: success),
     (dict(sample_rate_fail_final=1.0), lambda success, placed, near, done: done & ~placed),
     (dict(sample_rate_near_miss=1.0), lambda success, placed, near, done: near & ~placed),
-    (dict(sample_rate_near_miss=1.0, keep_ambiguous=True), lambda success, placed, near, done: near & ~success),
-], ids=["success", "final", "near miss", "ambiguous"])
+], ids=["success", "final", "near miss"])
 def test_which_frames_are_chosen(tmp_path, rates, chosen):
     """With rates of 0 and 1: exactly the frames of the kind, in an episode that never succeeds and in the policy's."""
     none = dict(sample_rate_success=0.0, sample_rate_fail=0.0, sample_rate_fail_final=0.0, sample_rate_near_miss=0.0)
@@ -197,7 +187,7 @@ def test_failures_ahead_of_the_successes(tmp_path):
     """Half of the failures are taken without any success; later ones replace random earlier ones, and fewer are rendered."""
     args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=20, sample_rate_fail=0.5)
     torch.manual_seed(0)
-    pair = Pair(2, 0, camera=CAMERA)
+    pair = Pair(2, 0, CAMERA)
     collector = FrameCollector(args, make_contract(args))
     for t in range(1, 41):
         done, info = pair.step(torch.rand(2, 8) * 2 - 1)
@@ -206,31 +196,88 @@ def test_failures_ahead_of_the_successes(tmp_path):
         if t % 10 == 0:
             collector.file()
     assert collector.folder.counts == dict(success=0, failure=10) and collector.chosen == 40
-    rows = check_folder(tmp_path / "data", 0, 10)
+    rows = check_folder(tmp_path / "data", 0, 10, dense=False)
+    numbers = [int(row["file"][-8:-4]) for row in rows]
+    assert len(set(numbers)) == 10 and max(numbers) == 10 + collector.folder.left_out, "no number is used twice"
     assert {row["global_step"] for row in rows} > {"4"}, "frames of the first and of the last iterations"
     assert collector.failure_share == 10 / 40 and 10 < 10 + collector.folder.left_out < 30, "of 40 that the rates chose"
 
 
-def test_take_over_of_a_damaged_folder(tmp_path):
-    """After a crash: unfinished files go, gaps close, no frame changes its label, episodes keep their own numbers."""
+def photograph_failures(tmp_path, steps=6):
+    """12 failure frames of two scenes, in a folder that nobody holds any more."""
     args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=24, sample_rate_fail=1.0)
-    pair = Pair(2, 0, camera=CAMERA)
-    collector = FrameCollector(args, make_contract(args))
-    for t in range(1, 7):
-        done, info = pair.step(torch.zeros(2, 8))
-        collector.photograph(pair.envs, pair.obs, info, done, 1, 2 * t, episode=torch.tensor([4, 5]),
+    envs, contract = make(2, CAMERA), make_contract(args)
+    envs.reset(seed=0)
+    collector = FrameCollector(args, contract)
+    for t in range(1, steps + 1):
+        obs, _, terminated, truncated, info = envs.step(torch.zeros(2, 8))
+        collector.photograph(envs, obs, info, terminated | truncated, 1, 2 * t, episode=torch.tensor([4, 5]),
                              step=torch.tensor([t, t]))
     collector.folder.file()
+    os.close(collector.folder.lock)
+    return args, contract
+
+
+def test_take_over_of_a_damaged_folder(tmp_path):
+    """After a crash: unfinished files go, a row without its frame too, and every frame stays what it was, also one without a
+    row; numbers go on where they were, episodes keep their own."""
+    args, contract = photograph_failures(tmp_path)
     data = tmp_path / "data"
-    before = {h for f, h in digest(data).items() if f.startswith("failure")}
-    lost = hashlib.sha256((data / "failure/0003.png").read_bytes()).hexdigest()
+    shutil.copy(data / "failure/0012.png", data / "failure/0020.png")  # as after a crash between pictures and table
+    Image.new("RGB", (224, 224)).save(data / "success/by hand.png")
     (data / "failure/0003.png").unlink()
     (data / "failure/0013.png.tmp").write_bytes(b"half a frame")
-    (data / "index.csv").unlink()
-    again = FrameCollector(args, make_contract(args)).folder
-    assert again.counts == dict(success=0, failure=11) and again.first_episode == 6
-    check_folder(data, 0, 11)
-    assert {h for f, h in digest(data).items() if f.startswith("failure")} == before - {lost}
+    before = {file: h for file, h in digest(data).items() if file.endswith(".png")}
+    collector = FrameCollector(args, contract)
+    again = collector.folder
+    assert again.counts == dict(success=1, failure=12) and again.first_episode == 6
+    assert {file: h for file, h in digest(data).items() if file.endswith((".png", ".tmp"))} == before
+    with open(data / "index.csv") as f:
+        files = [row["file"] for row in csv.DictReader(f)]
+    assert len(files) == 11 and "failure/0003.png" not in files and "failure/0020.png" not in files
+    again.targets = dict(success=2, failure=12)  # full: what comes replaces a frame that has a row
+    row = dict(label="failure", episode=6, step=1, is_final=0, global_step=2, env_steps=9)
+    again.add(torch.zeros(20, 224, 224, 3, dtype=torch.uint8), [row] * 20)
+    again.file()
+    assert again.counts == dict(success=1, failure=12) and (data / "failure/0020.png").exists()
+    assert (data / "failure/0040.png").exists() and (data / "success/by hand.png").exists()
+
+
+def test_the_table_comes_between_new_and_replaced_frames(tmp_path, monkeypatch):
+    """Killed at any file: index.csv names only frames that are there, and no frame is lost that it still names."""
+    args, contract = photograph_failures(tmp_path)
+    row = dict(label="failure", episode=6, step=1, is_final=0, global_step=2, env_steps=9)
+    write, data = ppo_collect.write_file, tmp_path / "data"
+    for files_written in range(8):
+        folder = FrameCollector(args, contract).folder
+        folder.targets = dict(success=2, failure=folder.counts["failure"])
+        folder.add(torch.zeros(4, 224, 224, 3, dtype=torch.uint8), [row] * 4)
+        left = [files_written]
+
+        def die(path, content):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            write(path, content)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(ppo_collect, "write_file", die)
+            folder.file()
+        os.close(folder.lock)
+        with open(data / "index.csv") as f:
+            assert all((data / row["file"]).exists() for row in csv.DictReader(f))
+
+
+def test_one_writer_at_a_time(tmp_path, capsys):
+    """A second run is refused by name, whoever holds the folder; a folder of mistakes too. Once the first ends, it may."""
+    args, contract = photograph_failures(tmp_path, steps=1)
+    folder = FrameCollector(args, contract).folder
+    for other in (lambda: FrameCollector(args, contract), lambda: ppo_resnet_reward.FrameFolder(args.save_dir, contract, {}, 0)):
+        with pytest.raises(SystemExit) as end:
+            other()
+        assert end.value.code == 2 and f"another run writes into {args.save_dir}" in capsys.readouterr().err
+    os.close(folder.lock)
+    os.close(FrameCollector(args, contract).folder.lock)
 
 
 def test_two_ranks_and_the_same_seed(tmp_path):
@@ -245,7 +292,7 @@ def test_two_ranks_and_the_same_seed(tmp_path):
         out, _ = run_script.run_process("ppo_collect", cwd, *SMALL, *command, *flags, "--resume-dir", install_policy(cwd),
                                         launcher=launcher)
         assert "12 success and 15 failure frames" in out
-        check_folder(cwd / "data", 12, 15, staggered=True)
+        check_folder(cwd / "data", 12, 15, staggered=True, dense=False)
         assert (cwd / "data" / "preview.png").stat().st_size > 10_000
         digests.append(digest(cwd / "data"))
     assert digests[0] == digests[1]
@@ -253,19 +300,20 @@ def test_two_ranks_and_the_same_seed(tmp_path):
 
 def test_interrupted_and_resumed(tmp_path):
     """SIGTERM ends the run with exit code 0 and a checkpoint; resuming keeps every success frame as it was."""
-    run_dir = install_policy(tmp_path)
+    policy = install_policy(tmp_path)
     command = ["--num-envs", "16", "--num-steps", "25", "--target-success", "14", "--target-failure", "500",
                "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
-    process = run_script.start("ppo_collect", tmp_path, *SMALL, *command, "--num-procs", "2", "--resume-dir", run_dir)
+    process = run_script.start("ppo_collect", tmp_path, *SMALL, *command, "--num-procs", "2", "--resume-dir", policy)
     deadline = time.time() + 120
     while not list(tmp_path.glob("data/success/*.png")) and time.time() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == 0 and "Traceback" not in err, err
+    run_dir, = tmp_path.glob("logs/*-ppo_collect")
     to_go_on = re.search(r"To go on: (.*)", out)[1]
-    assert "Traceback" not in err and to_go_on == shlex.join(
-        ["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir", str(run_dir)])
+    assert to_go_on == shlex.join(["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir",
+                                   str(policy), "--resume-dir", f"{run_dir.relative_to(tmp_path)}"])
     first = digest(tmp_path / "data")
     step = max(int(p.name.rpartition("_")[2]) for p in run_dir.glob("checkpoints/*"))
     assert step > 1
@@ -274,14 +322,14 @@ def test_interrupted_and_resumed(tmp_path):
     kept = {f: h for f, h in first.items() if f.endswith(".png")}
     assert kept.items() <= second.items() and len(second) > len(first)
     counts = (len(list((tmp_path / "data" / label).iterdir())) for label in ("success", "failure"))
-    check_folder(tmp_path / "data", *counts, staggered=True)
+    check_folder(tmp_path / "data", *counts, staggered=True, dense=False)
 
 
 def test_another_task(tmp_path):
     """Many scenes of it; a reward model of its frames would know whose they are."""
     _, err = run(tmp_path, "--env-id", "PushCube-v1", "--num-envs", "6", "--num-procs", "1", "--num-iterations", "2",
         "--num-minibatches", "2", "--target-failure", "10", "--sample-rate-fail", "0.05", "--capture-video")
-    assert sorted(p.name for p in (tmp_path / "data/failure").iterdir()) == [f"000{n}.png" for n in range(1, 6)]
+    assert len(list((tmp_path / "data/failure").iterdir())) == 5
     contract = json.loads((tmp_path / "data/metadata.json").read_text())
     assert contract["env_id"] == "PushCube-v1" and contract["meshes"] == "light"
     films = list(tmp_path.glob("logs/*/videos/global_step_2.mp4"))
@@ -289,29 +337,18 @@ def test_another_task(tmp_path):
     assert "--env-id PushCube-v1" in json.loads(next(tmp_path.glob("logs/*/args.json")).read_text())["command"]
 
 
-def test_a_task_that_cannot_be_batched(tmp_path):
-    """One stock scene a rank, which also takes the pictures, as a GPU run's scenes do."""
-    _, err = run(tmp_path, "--env-id", "PegInsertionSide-v1", "--num-envs", "4", "--num-procs", "1", "--num-iterations", "2",
-                 "--num-steps", "50", "--num-minibatches", "2", "--target-failure", "10", "--sample-rate-fail", "0.2",
-                 "--save-interval", "2")
-    assert "its objects differ from scene to scene" in err
-    assert len(list((tmp_path / "data/failure").iterdir())) == 5
-    checkpoint = torch.load(next(tmp_path.glob("logs/*/checkpoints/global_step_2/checkpoint.pt")), weights_only=True)
-    assert checkpoint["env_steps"] == 100
-
-
 @pytest.mark.parametrize("script", ["ppo_collect", "ppo_dense"])
 def test_evaluate(tmp_path, script):
     """The shipped policy, as in the README's first command: how well it does, and a film, in which scenes that have succeeded
-    stand still in a green frame."""
+    stand still under a green bar."""
     out, _ = run_script.run(script, tmp_path, "--resume-dir", ROOT / "tests/policy.pt", "--evaluate", "--num-eval-envs", "32",
                             "--num-procs", "1")
     success, film = re.search(r"eval/success_once ([\d.]+), .*, (.*.mp4)", out).groups()
     assert float(success) >= 0.8
     frames = imageio.v3.imread(tmp_path / film).astype(int)
-    assert frames.shape == (50, 224, 4 * 224, 3)
-    scenes = frames.reshape(50, 224, 4, 224, 3)
-    framed = abs(scenes[:, :3] - [0, 200, 0]).mean((1, 3, 4)) < 30  # (50, 4)
+    assert frames.shape == (51, 224, 4 * 224, 3)
+    scenes = frames.reshape(51, 224, 4, 224, 3)
+    framed = abs(scenes[:, :7] - [0, 200, 0]).mean((1, 3, 4)) < 30  # (51, 4): the green bar
     assert not framed[0].any() and framed[-1].sum() >= 3 and (framed[1:] >= framed[:-1]).all()
     for k in framed[-1].nonzero()[0]:
         assert abs(scenes[framed[:, k], :, k] - scenes[-1, :, k]).mean() < 3 < abs(scenes[0, :, k] - scenes[-1, :, k]).mean()
@@ -328,7 +365,7 @@ def broken_metadata(tmp_path):
 
 def other_metadata(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/metadata.json").write_text(json.dumps(dict(make_contract(Args()), image_size=[3, 64, 64])))
+    (tmp_path / "data/metadata.json").write_text(json.dumps(dict(make_contract(Args()), width=64)))
 
 
 def frames_without_metadata(tmp_path):
@@ -336,12 +373,15 @@ def frames_without_metadata(tmp_path):
     Image.new("RGB", (224, 224)).save(tmp_path / "data/success/0001.png")
 
 
-def foreign_frame(tmp_path):
+def frames_of_before(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.json").write_text(json.dumps(dict(format_version=2, env_id="PickCube-v1")))
+
+
+def broken_index(tmp_path):
     other_metadata(tmp_path)
     (tmp_path / "data/metadata.json").write_text(json.dumps(make_contract(Args())))
-    frames = tmp_path / "data/failure"
-    frames.mkdir()
-    (frames / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (tmp_path / "data/index.csv").write_text("file,label\nsuccess/0001.png,success\n")
 
 
 def pickled_checkpoint(tmp_path):
@@ -361,24 +401,24 @@ def file_for_folder(tmp_path):
 
 
 @pytest.mark.parametrize("prepare, args, says", [
-    (None, ["--num-envs", "7", "--num-procs", "2"], "--num-envs 7 cannot be shared by 2 ranks"),
+    (None, ["--num-envs", "1", "--num-procs", "2"], "too few --num-envs or --num-steps for 2 processes"),
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
-    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "--num-minibatches 4 is more than the 2 steps"),
-    (None, ["--sim-backend", "physx_cuda"], "--sim-backend physx_cuda needs an NVIDIA GPU"),
-    (None, ["--render-backend", "sapien_cuda"], "--render-backend sapien_cuda needs an NVIDIA GPU"),
-    (None, ["--env-id", "NoSuchTask-v1"], "NoSuchTask-v1"),
-    (None, ["--env-id", "StackPyramid-v1"], "no dense reward"),
-    (None, ["--control-mode", "by_hand", "--num-envs", "1", "--num-eval-envs", "1", "--num-procs", "1"], "by_hand"),
+    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "too few --num-envs or --num-steps"),
+    (None, ["--env-id", "NoSuchTask-v1", "--num-procs", "1"], "ManiSkill has no NoSuchTask-v1"),
+    (None, ["--env-id", "StackPyramid-v1", "--num-procs", "1"], "and a dense reward"),
+    (None, ["--control-mode", "by_hand", "--num-procs", "1"], "by_hand not in supported modes"),
     (None, ["--env-id", "PushCube-v1", "--camera", "goal", "--num-procs", "1"], "PushCube-v1 has no goal_site"),
-    (None, ["--evaluate"], "--evaluate needs a checkpoint"),
-    (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint could be read"),
-    (pickled_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),
-    (truncated_checkpoint, ["--resume-dir", "ckpt"], "no checkpoint could be read"),
-    (broken_metadata, ["--num-procs", "1"], "metadata.json is not a JSON object"),
-    (other_metadata, ["--num-procs", "1"], "image_size is [3, 64, 64] there and [3, 224, 224] here"),
+    (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint"),
+    (None, ["--resume-dir", str(ROOT / "tests/policy.pt"), "--env-id", "PushCube-v1"], "PickCube-v1"),
+    (None, ["--resume-dir", str(ROOT / "tests/policy.pt"), "--control-mode", "pd_joint_pos"], "pd_joint_delta_pos"),
+    (pickled_checkpoint, ["--resume-dir", "ckpt"], "--resume-dir ckpt: no checkpoint"),
+    (truncated_checkpoint, ["--resume-dir", "ckpt"], "--resume-dir ckpt: no checkpoint"),
+    (broken_metadata, ["--num-procs", "1"], "metadata.json"),
+    (other_metadata, ["--num-procs", "1"], "width is 64 there and 224 here"),
+    (frames_of_before, ["--num-procs", "1"], "format_version is 2 there and 3 here"),
     (frames_without_metadata, ["--num-procs", "1"], "no metadata.json"),
-    (foreign_frame, ["--num-procs", "1"], "failure/0001.png is not a frame"),
+    (broken_index, ["--num-procs", "1"], "index.csv is damaged"),
     (file_for_folder, ["--num-procs", "1"], "data"),
 ])
 def test_bad_input(tmp_path, prepare, args, says):
@@ -406,13 +446,14 @@ def test_full_disk(tmp_path):
     result = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True,
                             text=True, timeout=300)
     assert result.returncode == 2, result.stderr
-    assert "No space left on device; what was written before is whole" in result.stderr and "Traceback" not in result.stderr
+    assert "No space left on device" in result.stderr and "what was written before is whole" in result.stderr
+    assert "Traceback" not in result.stderr
     frames = sorted((tmp_path / "data/failure").glob("*.png"))
     assert len(frames) >= 3 and json.loads((tmp_path / "data/metadata.json").read_text())["env_id"] == "PickCube-v1"
     for frame in frames:
         with Image.open(frame) as image:
             image.load()
-            assert image.size == (224, 224) and json.loads(image.text["row"])["label"] == "failure"
+            assert image.size == (224, 224)
 
 
 def test_help_names_every_flag():

@@ -8,16 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("ppo_collect", "train_reward_resnet", "ppo_dense", "ppo_resnet_reward")
 MARK = "# ==== From here on: machinery."
-OWN = {"PPOArgs", "Args", "GPU_CPU_DEFAULTS", "train"}  # of the stories: differ by nature
-LINES = dict(ppo_dense=400, ppo_collect=550, ppo_resnet_reward=550, train_reward_resnet=550)  # a story at most
+OWN = {"Args", "train", "(SCRIPT, GPU, RANK)", "(SCRIPT, GPU)", "DEVICE"}  # of the stories: differ by nature
+LIMITS = dict(ppo_dense=(790, 42_000, 310), ppo_collect=(1050, 57_000, 410), ppo_resnet_reward=(1110, 62_000, 450),
+              train_reward_resnet=(550, 32_000, 340))  # lines, bytes, lines of the story
 
 
 def story_and_sections(script):
     """The text above the machinery, and {name: text} of its sections, up to the call of train."""
     story, _, machinery = (ROOT / f"{script}.py").read_text().partition(MARK)
     machinery = machinery.partition('\nif __name__ == "__main__":')[0]
-    parts = re.split(r"^# -{90,} (.*)\n", machinery, flags=re.M)
-    assert len(parts) > 9, "no sections"
+    parts = re.split(r"^# -{40} (.*)\n", machinery, flags=re.M)
+    assert len(parts) >= 7, "no sections"
     return story, dict(zip(parts[1::2], (text.strip() for text in parts[2::2])))
 
 
@@ -43,7 +44,7 @@ def test_sections_are_identical_and_in_order(script):
         for name in common:
             assert mine[name] == theirs[name], f"section {name} differs between {script}.py and {other}.py"
             shared += 1
-    assert shared >= 5
+    assert shared >= 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,9 +59,23 @@ def test_what_stories_share_is_identical(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_story_is_short_and_complete(script):
     """It ends with train(), which a reader can follow without the machinery."""
-    story = story_and_sections(script)[0]
-    assert len(story.splitlines()) <= LINES[script]
+    story, text = story_and_sections(script)[0], (ROOT / f"{script}.py").read_text()
+    lines, size, told = LIMITS[script]
+    assert len(text.splitlines()) <= lines and len(text.encode()) <= size and len(story.splitlines()) <= told
+    widths = [len(line) for line in text.splitlines()]
+    assert max(widths) <= 120 and sum(width > 100 for width in widths) < 0.1 * len(widths) and ";" not in re.sub(
+        r'"[^"\n]*"|#.*|""".*?"""', "", text, flags=re.S)
     assert list(definitions(story))[-1] == "train"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_largest_copies_are_compared(script):
+    """PPO's update is one function, the same in the three scripts; stage 4's bookkeeping is one class."""
+    mine = definitions(story_and_sections(script)[0])
+    assert ("ppo_update" in mine) == (script != "train_reward_resnet")
+    assert ("Audit" in mine) == (script == "ppo_resnet_reward")
+    if script == "ppo_resnet_reward":
+        assert len(mine["train"].splitlines()) <= 140
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,20 +90,20 @@ def test_nothing_in_the_machinery_is_unused(script):
 
 
 def test_args_common_to_the_ppo_scripts():
-    """Flags of the same name have the same type, and the same text unless their default differs by nature."""
+    """Flags of the same name have the same type, and the same default unless it differs by nature."""
     def flags(script):
-        source = (ROOT / f"{script}.py").read_text()
-        groups = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name.endswith("Args")]
-        return {a.target.id: (ast.unparse(a.annotation), ast.unparse(a.value)) for group in groups for a in group.body
+        args, = (n for n in ast.parse((ROOT / f"{script}.py").read_text()).body
+                 if isinstance(n, ast.ClassDef) and n.name == "Args")
+        return {a.target.id: (ast.unparse(a.annotation), ast.unparse(a.value)) for a in args.body
                 if isinstance(a, ast.AnnAssign)}
 
     dense = flags("ppo_dense")
     dense.pop("stop_at_success")
     for other in ("ppo_collect", "ppo_resnet_reward"):
         theirs = flags(other)
-        assert dense.keys() <= theirs.keys()
-        differing = {name for name in dense if dense[name] != theirs[name]}
-        assert differing <= {"num_steps", "num_iterations", "num_minibatches", "learning_rate", "anneal_lr", "gamma",
+        assert dense.keys() - theirs.keys() == ({"env_id", "control_mode"} if other == "ppo_resnet_reward" else set())
+        differing = {name for name in dense.keys() & theirs.keys() if dense[name] != theirs[name]}
+        assert differing <= {"num_envs", "num_steps", "num_iterations", "num_minibatches", "learning_rate", "gamma",
                              "gae_lambda", "clip_coef", "target_kl"}, differing
 
 

@@ -2,29 +2,27 @@
 
 policy.pt is a checkpoint of `python ppo_collect.py` without Adam's moments; it grasps the cube, so that contacts are tested.
 """
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401
-import numpy as np
 import pytest
 import torch
+from mani_skill.utils import tree
 from run_script import ROOT
 
 sys.path.insert(0, str(ROOT))
 import ppo_collect  # noqa: E402
-from ppo_collect import Agent, Args, compute_gae, make_envs  # noqa: E402
+from ppo_collect import Agent, Args, ManiSkillEnvs, compute_gae  # noqa: E402
 
 TOLERANCE = 1e-6
-CAMERA = dict(views=ppo_collect.CAMERAS["goal"], width=224, height=224, shader_pack="minimal", meshes="light")
+CAMERA = dict(views=ppo_collect.CAMERAS["goal"], width=224, height=224, shader_pack="minimal", meshes="light",
+              show_goal_site=True)
+TASK = dict(env_id="PickCube-v1", control_mode="pd_joint_delta_pos")
 
 
-def make(num_envs, camera=None, show_goal_site=True, env_id="PickCube-v1", control_mode="pd_joint_delta_pos"):
-    args = Args(env_id=env_id, control_mode=control_mode, sim_backend="physx_cpu")
-    return make_envs(args, num_envs, camera, show_goal_site)
+def make(num_envs, camera=None, **task):
+    return ManiSkillEnvs(Args(sim_backend="physx_cpu"), TASK | task, num_envs, camera)
 
 
 def make_stock(env_id="PickCube-v1", control_mode="pd_joint_delta_pos", **kwargs):
@@ -39,17 +37,25 @@ def load_policy():
 
 
 class Pair:
-    """N scenes of ours and N stock environments in lockstep; every step and reset asserts that they agree."""
+    """N scenes of ours and N stock environments in lockstep; every step and reset asserts that they agree. New episodes are
+    ManiSkill's own: stock environments begin with the states of our scenes."""
 
-    def __init__(self, num_envs, seed, camera=None, show_goal_site=True, **task):
-        self.envs = make(num_envs, camera, show_goal_site, **task)
-        assert self.envs.num_envs == num_envs, "it fell back to one scene"
+    def __init__(self, num_envs, seed, camera=None, **task):
+        self.envs = make(num_envs, camera, **task)
         self.stock = [make_stock(**task) for _ in range(num_envs)]
         self.obs, info = self.envs.reset(seed=seed)
-        # ManiSkill's convention: the first scene gets the seed itself, the others draws from it.
-        seeds = [seed, *np.random.RandomState(seed).randint(2**31, size=num_envs - 1)]
-        results = [stock.reset(seed=int(s)) for stock, s in zip(self.stock, seeds)]
-        self.compare(torch.cat([r[0] for r in results]), [r[1] for r in results], info)
+        self.begin(range(num_envs))
+
+    def begin(self, scenes):
+        """Stock environments take over these scenes of ours, at the beginning of an episode."""
+        state, scenes = self.envs.get_state_dict(), torch.tensor(list(scenes))
+        self.envs.set_state_dict(tree.slice(state, scenes), scenes)  # rounded as theirs: a pose is not what was set
+        for i in scenes.tolist():
+            self.stock[i].reset(seed=0)
+            base = self.stock[i].unwrapped
+            base.set_state_dict(tree.slice(state, slice(i, i + 1)))
+            base.agent.controller.reset()
+            torch.testing.assert_close(self.obs[i:i + 1], base.get_obs(), atol=TOLERANCE, rtol=0)
 
     def compare(self, stock_obs, stock_infos, info):
         torch.testing.assert_close(self.obs, stock_obs, atol=TOLERANCE, rtol=0)
@@ -67,13 +73,11 @@ class Pair:
         assert torch.equal(truncated, torch.cat([r[3] for r in results]))
         return terminated | truncated, info
 
-    def reset(self, idx, first_seed):
+    def reset(self, idx):
         """New episodes in some scenes; the others must not notice."""
-        before, seeds = self.obs.clone(), [first_seed + k for k in range(len(idx))]
-        self.obs, _ = self.envs.reset(seed=seeds, options=dict(env_idx=idx))
-        for i, seed in zip(idx.tolist(), seeds):
-            stock_obs, _ = self.stock[i].reset(seed=seed)
-            torch.testing.assert_close(self.obs[i:i + 1], stock_obs, atol=TOLERANCE, rtol=0)
+        before = self.obs.clone()
+        self.obs, _ = self.envs.reset(options=dict(env_idx=idx))
+        self.begin(idx.tolist())
         others = [i for i in range(len(before)) if i not in idx.tolist()]
         assert torch.equal(self.obs[others], before[others])
 
@@ -89,25 +93,28 @@ def test_tasks_and_controllers(env_id, control_mode):
     pair = Pair(3, 7, env_id=env_id, control_mode=control_mode)
     for t in range(pair.envs.max_episode_steps + 5):
         done, _ = pair.step(torch.rand(3, *pair.envs.single_action_space.shape) * 2.4 - 1.2)  # beyond the action space too
-        if t == 17:
+        if t == 17 and control_mode != "pd_joint_pos":  # it throws the arm at the table: the last bits of contacts grow
             done[1] = True
         if done.any():
-            pair.reset(done.nonzero().squeeze(-1), 1000 + t)
+            pair.reset(done.nonzero().squeeze(-1))
     assert (pair.obs[:, 0] == pair.obs[:, 0]).all()
 
 
 @pytest.mark.parametrize("env_id", ["PickCube-v1", "PushCube-v1", "StackCube-v1", "PlaceSphere-v1"])
 def test_resets_without_a_seed(env_id):
     """One scene draws its new episodes as a stock environment does, from the same generators."""
+    ours, stock = make(1, env_id=env_id), make_stock(env_id)
+    torch.testing.assert_close(ours.reset(seed=3)[0], stock.reset(seed=3)[0], atol=TOLERANCE, rtol=0)
     torch.manual_seed(0)
-    pair = Pair(1, 3, env_id=env_id)
     for t in range(60):
-        done, _ = pair.step(torch.rand(1, *pair.envs.single_action_space.shape) * 2 - 1)
-        if done.any() or t % 9 == 8:
+        action = torch.rand(1, *ours.single_action_space.shape) * 2 - 1
+        obs, _, _, truncated, _ = ours.step(action)
+        torch.testing.assert_close(obs, stock.step(action)[0], atol=TOLERANCE, rtol=0)
+        if truncated.any() or t % 9 == 8:
             state = torch.get_rng_state()
-            pair.obs, _ = pair.envs.reset(options=dict(env_idx=torch.tensor([0])))
+            obs, _ = ours.reset(options=dict(env_idx=torch.tensor([0])))
             torch.set_rng_state(state)
-            torch.testing.assert_close(pair.obs, pair.stock[0].reset()[0], atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(obs, stock.reset()[0], atol=TOLERANCE, rtol=0)
 
 
 def test_new_episodes_differ():
@@ -137,7 +144,7 @@ def test_grasping_episodes(seed):
         successes += info["success"].sum()
         lifted = max(lifted, (pair.obs[:, 31] * info["is_grasped"]).max().item())  # height of a cube in the gripper
         if done.any():
-            pair.reset(done.nonzero().squeeze(-1), 100 * t)
+            pair.reset(done.nonzero().squeeze(-1))
     assert grasped >= 20 and successes >= 2 and lifted > 0.1
 
 
@@ -154,9 +161,9 @@ def test_scripted_contacts():
         action[:, 3] -= 0.2
         action[:, 7] = 1.0 if t // 15 % 2 else -1.0
         done, _ = pair.step(action)
-        touched += (pair.envs.unwrapped.scene.px.impulses != 0).any()
+        touched += any((impulse != 0).any() for impulse in (pair.envs.scene.px.contacts or {}).values())
         if done.any():
-            pair.reset(done.nonzero().squeeze(-1), 100 * t)
+            pair.reset(done.nonzero().squeeze(-1))
     assert touched > 10
 
 
@@ -179,32 +186,35 @@ def test_objects_that_differ():
     envs.step(torch.zeros(3, 8))
 
 
-def test_what_cannot_be_batched(capsys):
-    assert make(3, env_id="RotateValveLevel0-v1").num_envs == 1
-    says = capsys.readouterr().err
-    assert "RotateValveLevel0-v1 with pd_joint_delta_pos cannot be simulated as many scenes on a CPU" in says
-
-
 @pytest.mark.parametrize("env_id, says", [
-    ("NoSuchTask-v1", "ManiSkill has no such task"), ("StackPyramid-v1", "no dense reward"),
-    ("MS-CartpoleBalance-v1", "reports no success"), ("TwoRobotPickCube-v1", "takes Dict actions")])
+    ("NoSuchTask-v1", "ManiSkill has no NoSuchTask-v1"), ("CartPole-v1", "ManiSkill has no CartPole-v1"),
+    ("StackPyramid-v1", "and a dense reward"), ("MS-CartpoleBalance-v1", "reports no success"),
+    ("TwoRobotPickCube-v1", "takes Dict actions"),
+    ("RotateValveLevel0-v1", "RotateValveLevel0-v1 with pd_joint_delta_pos cannot be simulated as many scenes"),
+    ("PickSingleYCB-v1", "files are missing: python -m mani_skill.utils.download_asset PickSingleYCB-v1")])
 def test_tasks_that_are_refused(env_id, says, capsys):
     with pytest.raises(SystemExit) as exit:
         make(2, env_id=env_id)
     assert exit.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_objects_that_differ_cannot_be_photographed(capsys):
+    with pytest.raises(SystemExit) as exit:
+        make(2, CAMERA | dict(views=ppo_collect.CAMERAS["workspace"]), env_id="PegInsertionSide-v1")
+    assert exit.value.code == 2 and "objects differ from scene to scene" in capsys.readouterr().err.splitlines()[-1]
+
+
 def frames_differ(env_id, views, seed, show_goal_site=True, **kwargs):
     """Ours and stock's pictures of the same scene at some moments: a list of (ours, stock's), each (224, 224, 3) int."""
     torch.manual_seed(0)
-    camera = dict(CAMERA, views=views, **kwargs)
-    pair, stock, pictures = Pair(2, seed, camera, show_goal_site, env_id=env_id), [], []
+    camera = dict(CAMERA, views=views, show_goal_site=show_goal_site, **kwargs)
+    pair, stock, pictures = Pair(2, seed, camera, env_id=env_id), [], []
     for view in views.values():  # a stock environment a view
         goal = pair.envs.unwrapped.goal_site.pose.p[0] if "mount" in view else torch.zeros(3)
         pose = [*(goal + torch.tensor(view["pose"][:3])).tolist(), *view["pose"][3:]]
         config = dict(pose=pose, fov=view["fov"], width=224 // len(views), height=224, shader_pack="minimal")
         stock.append(make_stock(env_id, render_backend="cpu", human_render_camera_configs=dict(render_camera=config)))
-        stock[-1].reset(seed=seed)
+        stock[-1].reset(seed=0)
         if not show_goal_site:  # ManiSkill shows it in pictures unless it does not know it
             for hidden in stock[-1].unwrapped._hidden_objects:
                 hidden.hide_visual()
@@ -213,7 +223,7 @@ def frames_differ(env_id, views, seed, show_goal_site=True, **kwargs):
         action = torch.rand(2, 8) * 2 - 1
         pair.step(action)
         for env in stock:
-            env.step(action[:1])
+            env.unwrapped.set_state_dict(pair.stock[0].unwrapped.get_state_dict())
         if t % 6 == 0:
             frames = pair.envs.render_frames(torch.tensor([1, 0]))
             assert frames.shape == (2, 224, 224, 3) and frames.dtype == torch.uint8 and not torch.equal(frames[0], frames[1])
@@ -223,7 +233,7 @@ def frames_differ(env_id, views, seed, show_goal_site=True, **kwargs):
 
 @pytest.mark.parametrize("env_id, show_goal_site", [("PickCube-v1", True), ("PickCube-v1", False), ("PushCube-v1", True)])
 def test_frames_equal_the_stock_cameras(env_id, show_goal_site):
-    views = ppo_collect.CAMERAS["goal"] if env_id == "PickCube-v1" else ppo_collect.VIDEO_CAMERA["views"]
+    views = ppo_collect.CAMERAS["goal"] if env_id == "PickCube-v1" else ppo_collect.FILM_VIEWS
     pictures = frames_differ(env_id, views, 11, show_goal_site, meshes="stock")
     for ours, theirs in pictures:
         # The joints' last bit is lost when the studio is posed: a pixel or two on the edges of the robot may differ.
@@ -234,30 +244,14 @@ def test_frames_equal_the_stock_cameras(env_id, show_goal_site):
         assert (((g > 100) & (r < 80) & (b < 80)).sum() > 20) == show_goal_site
 
 
-def test_no_table_of_reflections():
-    """It took a CPU 6 s before the first frame; that the frames are the same without it, the test above shows."""
-    shader = (Path(ppo_collect.shaders_for_cpu("minimal")) / "gbuffer.frag").read_text()
-    assert "specularIBL" in shader and "BRDFLUT" not in shader
-
-
 def test_light_meshes_look_alike():
     """The cube, the goal and the table are what they were, the robot nearly so, with a seventh of the triangles."""
-    pictures = frames_differ("PickCube-v1", ppo_collect.VIDEO_CAMERA["views"], 11)
+    pictures = frames_differ("PickCube-v1", ppo_collect.FILM_VIEWS, 11)
     for ours, theirs in pictures:
         robot = (theirs.amax(-1) - theirs.amin(-1) < 20)  # grey
         assert ((ours - theirs).abs().amax(-1) > 16)[~robot].float().mean() < 0.01
         assert ((ours - theirs).abs().amax(-1) > 16).float().mean() < 0.05
     assert any(not torch.equal(ours, theirs) for ours, theirs in pictures)
-
-
-def test_without_vulkan():
-    """State-only scenes need no Vulkan driver; with a camera the program says what to install."""
-    env = dict(os.environ, VK_DRIVER_FILES="/nonexistent.json", VK_ICD_FILENAMES="/nonexistent.json")
-    code = ("import torch, test_env as t; e = t.make(2); e.reset(seed=0); e.step(torch.zeros(2, 8)); print('stepped');"
-            "t.make(2, t.CAMERA)")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=env, capture_output=True, text=True)
-    assert "stepped" in result.stdout and result.returncode == 2, result.stderr
-    assert "no Vulkan device to render with" in result.stderr.splitlines()[-1]
 
 
 def test_gae():

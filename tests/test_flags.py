@@ -11,6 +11,7 @@ import pytest
 import torch
 from run_script import ROOT, run
 from run_script import start as start_process
+from test_resnet_reward import random_reward_model
 
 import ppo_collect
 import ppo_dense
@@ -20,14 +21,6 @@ import train_reward_resnet
 SCRIPTS = {module.__name__: module for module in (ppo_collect, train_reward_resnet, ppo_dense, ppo_resnet_reward)}
 SMALL = ["--num-envs", "4", "--num-eval-envs", "4", "--num-steps", "10", "--num-minibatches", "2", "--num-procs", "1",
          "--num-iterations", "1", "--no-capture-video"]
-
-
-def numbers(module):
-    """(name, int or float) of the flags that are numbers."""
-    for field in dataclasses.fields(module.Args):
-        kind = next((kind for kind in (int, float) if kind.__name__ in str(field.type)), None)
-        if kind:
-            yield field.name, kind
 
 
 def refused(module, monkeypatch, capsys, *flags):
@@ -42,25 +35,21 @@ def refused(module, monkeypatch, capsys, *flags):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_numbers_out_of_range(script, monkeypatch, capsys):
-    """Every flag that is a number has a range, and neither NaN nor an infinity is in it."""
+    """Every number is finite and not negative, every count at least 1, every share at most 1; defaults are."""
     module, checked = SCRIPTS[script], 0
     monkeypatch.setattr(module, "SCRIPT", script)
-    for name, kind in numbers(module):
-        low, high = module.RANGES.get(name, (1, 10**9) if kind is int else (0, 1))
-        flag = f"--{name.replace('_', '-')}"
-        for value in [low - 1, high + 1] + ["nan", "inf", "-inf"] * (kind is float):
-            assert f"{script}: error: {flag} {value}" in refused(module, monkeypatch, capsys, flag, str(value)).replace(
-                f"{float(value)}", str(value))
+    for field in dataclasses.fields(module.Args):
+        low = 1 if field.type is int and field.name not in ("seed", "critic_warmup") else 0
+        high = 1 if field.type is module.Share else 10**9
+        flag = f"--{field.name.replace('_', '-')}"
+        wrong = [low - 1, high + 1] + ["nan", "inf", "-inf"] * (field.type is not int)
+        for value in wrong if field.type in (int, float, module.Share) else ():
+            err = refused(module, monkeypatch, capsys, flag, str(value))
+            assert f"{script}: error: {flag} {value}" in err.replace(f"{float(value)}", str(value))
             checked += 1
-    assert checked > 40
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_ranges_are_of_flags_and_hold_the_defaults(script, monkeypatch):
-    module = SCRIPTS[script]
+    assert checked > 30
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     module.parse_args()
-    assert set(module.RANGES) <= {name for other in SCRIPTS.values() for name, _ in numbers(other)}
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -71,80 +60,71 @@ def test_a_number_out_of_range_is_refused_before_anything_is_done(tmp_path, scri
     assert err.splitlines()[-1].startswith(f"{script}: error: {flags[0]} ") and not list(tmp_path.iterdir())
 
 
-def test_a_pattern_that_matches_two_runs(tmp_path, monkeypatch, capsys):
-    err = refused(ppo_dense, monkeypatch, capsys, "--resume-dir", "logs/1-ppo_dense", "logs/2-ppo_dense", "--evaluate")
-    assert "--resume-dir names several: logs/1-ppo_dense, logs/2-ppo_dense; name one" in err
-    monkeypatch.setattr(sys, "argv", ["train_reward_resnet.py", "--data-path", "data", "mistakes"])
-    assert train_reward_resnet.parse_args().data_path == ("data", "mistakes")
+def test_a_pattern_that_matches_several_runs(tmp_path, capsys):
+    """The newest that holds a checkpoint is taken, by timestamp and step, and said in one line."""
+    content = torch.load(ROOT / "tests/policy.pt", weights_only=True)
+    for run_dir, steps in (("20260102-030405-000001-ppo_dense", (20, 100)), ("20260102-030406-000001-ppo_dense", (9, 10)),
+                           ("20260102-030407-000001-ppo_dense", ())):
+        for step in steps:
+            (tmp_path / run_dir / f"checkpoints/global_step_{step}").mkdir(parents=True)
+            torch.save(content | dict(global_step=step), tmp_path / run_dir / f"checkpoints/global_step_{step}/checkpoint.pt")
+        (tmp_path / run_dir).mkdir(exist_ok=True)
+    args = ppo_dense.Args(resume_dir=tuple(map(str, sorted(tmp_path.iterdir()))))
+    assert ppo_dense.load_checkpoint(args)["global_step"] == 10
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "20260102-030406-000001-ppo_dense/checkpoints/global_step_10/checkpoint.pt" in out
+    args.resume_dir = (str(tmp_path / "20260102-030405-000001-ppo_dense"),)
+    assert ppo_dense.load_checkpoint(args)["global_step"] == 100
 
 
-def test_two_runs_of_the_same_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo_dense.time, "strftime", lambda _: "20260102-030405")
-    folders = [ppo_dense.make_run_dir(ppo_dense.Args(log_dir=str(tmp_path))) for _ in range(3)]
-    assert [folder.name for folder in folders] == [f"20260102-030405{again}-ppo_dense" for again in ("", "_2", "_3")]
-    assert folders == sorted(tmp_path.glob("*-ppo_dense"))
+def test_runs_of_the_same_second(tmp_path):
+    folders = [ppo_dense.make_run_dir(ppo_dense.Args(log_dir=str(tmp_path)))[0] for _ in range(5)]
+    assert len(set(folders)) == 5 and folders == sorted(tmp_path.glob("*-ppo_dense"))
 
 
 def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     """--resume-dir takes a checkpoint's file, --reward-checkpoint and stage 2's --evaluate the folder of a reward model."""
     run("ppo_dense", tmp_path, *SMALL)
     [file] = tmp_path.glob("logs/*-ppo_dense/checkpoints/global_step_1/checkpoint.pt")
-    args = ppo_dense.Args(resume_dir=str(file))
-    assert ppo_dense.load_checkpoint(args)[1] == file.parents[2]
-    model = ppo_resnet_reward.RewardModel("resnet18", 256, 112)
-    args = ppo_resnet_reward.Args(image_size=224, meshes="light")
+    assert ppo_dense.load_checkpoint(ppo_dense.Args(resume_dir=(str(file),)))["global_step"] == 1
     (tmp_path / "reward_checkpoints").mkdir()
-    torch.save(dict(model=model.state_dict(), arch="resnet18", hidden_dim=256, input_size=112,
-                    contract=ppo_resnet_reward.make_contract(args)), tmp_path / "reward_checkpoints/best_model.pt")
+    random_reward_model(tmp_path / "reward_checkpoints/best_model.pt")
     for load in (ppo_resnet_reward.load_reward_model, train_reward_resnet.load_reward_model):
         loaded, contract = load(str(tmp_path / "reward_checkpoints"), torch.device("cpu"))
-        assert contract["image_size"] == [3, 224, 224] and loaded.input_size == 112
-    _, err = run("ppo_resnet_reward", tmp_path, *SMALL, "--resume-dir", str(file), "--reward-checkpoint",
-                 "reward_checkpoints")
-    assert "without --resume-dir" not in err
-    shutil.rmtree(tmp_path / "reward_checkpoints")
-    _, err = run("ppo_resnet_reward", tmp_path, *SMALL, "--oracle")
-    assert err.count("warning: without --resume-dir the policy starts from nothing") == 1
+        assert contract["width"] == 224 and loaded.input_size == 64
+    out, _ = run("ppo_resnet_reward", tmp_path, *SMALL, "--resume-dir", file, "--reward-checkpoint", "reward_checkpoints")
+    assert "without --resume-dir" not in out
+    out, _ = run("ppo_resnet_reward", tmp_path, *SMALL, "--reward-checkpoint", "reward_checkpoints")
+    assert out.count("warning: without --resume-dir the policy") == 1
 
 
-def test_usable_cores(tmp_path):
-    """Affinity, and quotas of cgroup v2 and v1, in the process's own group or one around it."""
-    cores = len(os.sched_getaffinity(0))
-
-    def count(group, files):
-        root = tmp_path / f"root{len(list(tmp_path.iterdir()))}"
-        for name, text in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text)
-        (tmp_path / "cgroup").write_text(group)
-        return ppo_dense.usable_cores(str(tmp_path / "cgroup"), str(root))
-
-    assert count("0::/\n", {}) == cores
-    assert count("0::/\n", {"cpu.max": "max 100000\n"}) == cores
-    assert count("0::/\n", {"cpu.max": f"{100000 * (cores + 3)} 100000\n"}) == cores
-    assert count("0::/\n", {"cpu.max": "150000 100000\n"}) == 1
-    assert count("0::/\n", {"cpu.max": "50000 100000\n"}) == 1
-    assert count("0::/a.slice/b.scope\n", {"a.slice/cpu.max": "100000 100000\n"}) == 1
-    assert count("0::/a.slice/b.scope\n", {"another.slice/cpu.max": "100000 100000\n"}) == cores
-    for quota, expected in (("-1", cores), ("100000", 1)):
-        v1 = {"cpu/box/cpu.cfs_quota_us": quota, "cpu/box/cpu.cfs_period_us": "100000"}
-        assert count("4:cpu,cpuacct:/box\n0::/\n", v1) == expected
-    assert ppo_dense.usable_cores(str(tmp_path / "nowhere"), str(tmp_path)) == cores
+def test_usable_cores(tmp_path, monkeypatch):
+    """Affinity, and the container's quota (cgroup v2)."""
+    cores, file = len(os.sched_getaffinity(0)), tmp_path / "cpu.max"
+    monkeypatch.setattr(ppo_dense, "Path", lambda path: file if path == "/sys/fs/cgroup/cpu.max" else Path(path))
+    assert ppo_dense.usable_cores() == cores
+    for text, expected in (("max 100000", cores), (f"{100000 * (cores + 3)} 100000", cores), ("150000 100000", 1),
+                           ("50000 100000", 1)):
+        file.write_text(text + "\n")
+        assert ppo_dense.usable_cores() == expected
 
 
-def test_a_rank_has_sixteen_scenes_or_more(monkeypatch):
-    monkeypatch.setattr(ppo_dense, "usable_cores", lambda: 64)
-    assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=256)) == 16
-    assert ppo_dense.check_args(ppo_dense.Args(cuda=False)) == 4  # of 64 scenes
-    assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=8)) == 1
-    assert ppo_dense.check_args(ppo_dense.Args(cuda=False, num_envs=64, num_procs=64)) == 64
+@pytest.mark.parametrize("variables", [dict(WORLD_SIZE=""), dict(RANK="1"), dict(WORLD_SIZE="2", RANK="0"),
+                                       dict(SLURM_PROCID="1", WORLD_SIZE="2", LOCAL_RANK="1")])
+def test_variables_of_batch_systems(tmp_path, variables):
+    """Ranks are torchrun's when all of its variables are there; otherwise the script is alone."""
+    code = "import ppo_dense; print(ppo_dense.RANK, ppo_dense.WORLD_SIZE, ppo_dense.TORCHRUN)"
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in names} | variables
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert out.stdout == "0 1 False\n", out.stderr
 
 
 def test_two_runs_at_once(tmp_path, all_cores):
     """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin for long."""
     def start(name):
         return start_process("ppo_dense", tmp_path, *SMALL, "--num-envs", "32", "--num-steps", "50", "--num-minibatches", "8",
-                             "--num-iterations", "3", "--exp-name", name)
+                             "--num-iterations", "3", "--log-dir", name)
 
     def env_steps_per_s(process):
         _, err = process.communicate(timeout=300)
