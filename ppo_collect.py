@@ -4,12 +4,11 @@
             data/failure/0001.png ...
             data/metadata.json  how they were made: stages 2 and 4 take it over
             data/index.csv      a row a frame: episode, step, cube_to_goal, ...
-            data/preview.png    random frames of both classes
+            data/preview.png    random frames
             logs/<timestamp>-ppo_collect/  TensorBoard events, args.json,
                                 videos/, checkpoints/global_step_<N>/
 
     python ppo_collect.py --target-success 5000    # on a GPU if there is one
-    torchrun --nproc-per-node=8 ppo_collect.py     # on eight
     python ppo_collect.py --resume-dir logs/<run>  # go on where a run stopped
 """
 import atexit
@@ -42,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -60,38 +59,37 @@ class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
     env_id: str = "PickCube-v1"  # any ManiSkill task that reports `success` and has a dense reward
     control_mode: str = "pd_joint_delta_pos"  # ManiSkill controller of the arm
-    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs (if there is a GPU, it draws)
+    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
     log_dir: str = "logs"  # parent of the runs' folders
-    resume_dir: tuple[str, ...] = ()  # runs or checkpoints: the newest goes on, or lends its agent
+    resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
-    num_envs: int = 256 if GPU else 64  # parallel scenes of all processes together
+    num_envs: int = 256 if GPU else 64  # parallel scenes of all processes
     num_steps: int = 50 if GPU else 25  # of every scene in one rollout
-    num_iterations: int = 1000  # global steps: a rollout and its update
+    num_iterations: int = 1000  # global steps: rollout, update
     num_minibatches: int = 32 if GPU else 4  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 3e-4 if GPU else 2e-4  # Adam's step size
     gamma: Share = 0.8 if GPU else 0.9  # discount factor per step
-    gae_lambda: Share = 0.9  # of generalised advantage estimation (arXiv:1506.02438)
+    gae_lambda: Share = 0.9  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.2  # PPO's clipping range (arXiv:1707.06347)
     target_kl: float = 0.1 if GPU else 0.03  # nats of an epoch, after which only the critic goes on
-    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square: no idle turning
+    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
-    num_eval_envs: int = 128  # evaluation episodes of all processes together
+    num_eval_envs: int = 128  # evaluation episodes of all processes
     save_interval: int = 20  # global steps between checkpoints
     capture_video: bool = True  # film the first evaluation scenes, into videos/
 
     target_success: int = 5000  # success frames to collect
-    target_failure: int = 5000  # failure frames: half of them at any time, the others as successes come
+    target_failure: int = 5000  # failure frames: half of them at once, others as successes come
     sample_rate_success: Share = 1.0  # share saved of the frames in which the task succeeds
-    sample_rate_fail: Share = 0.01  # share saved of all failure frames
-    sample_rate_fail_final: Share = 0.3  # share saved of the frames that end a failed episode
-    sample_rate_near_miss: Share = 0.05  # share saved of those with the cube 2.5 to 5 cm from the goal (PickCube)
+    sample_rate_fail: Share = 0.01  # of all failure frames
+    sample_rate_fail_final: Share = 0.3  # of the frames that end a failed episode
+    sample_rate_near_miss: Share = 0.05  # of those with the cube 2.5 to 5 cm from the goal (PickCube)
     save_dir: str = "data"  # folder of the frames; frames already there are kept and counted
     image_size: int = 224  # side of the square frames in pixels
-    camera: Literal["auto", "goal", "workspace", "task"] = "auto"  # two views that move with the goal,
-    # two that stand still, or the task's own; auto: goal where the task has a goal_site, else task
+    camera: Literal["auto", "goal", "workspace", "task"] = "auto"  # auto: goal if the task has one, else task
     show_goal_site: bool = True  # show the green goal marker
     meshes: Literal["light", "stock"] = "stock" if GPU else "light"  # light: a tenth of the triangles
 
@@ -99,29 +97,22 @@ class Args:
 class FrameCollector:
     """Chooses frames while the policy trains and photographs them; they are filed once per global step.
 
-    An untrained policy fails all the time, and what it does then teaches little. So failures may be ahead
-    of the successes by half of their target. Those beyond are photographed less and less often and replace
-    random old ones (reservoir sampling).
+    An untrained policy only fails, which teaches little: failures may be ahead of the successes by half of
+    their target. Those beyond are photographed ever less and replace random old ones (reservoir sampling).
     """
 
     def __init__(self, args: Args, contract: dict):
         self.args, self.targets = args, dict(success=args.target_success, failure=args.target_failure)
         self.folder = FrameFolder(args.save_dir, contract, dict(self.targets), args.seed)
-        # Failures that the rates have chosen, expected: so far, and in this global step
-        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0
+        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0  # failures, expected; of this step
         self.limit_failures()
 
     def progress(self) -> float:
-        """Share of the targets that is there: the run is over at 1."""
+        """Share of the targets that is there; 1 ends the run."""
         return min(min(self.folder.counts[label] / self.targets[label], 1.0) for label in LABELS)
 
     def photograph(self, envs, obs, info, done, global_step: int, env_steps: int, **counters):
-        """Take the frames of this step that the sampling rates choose, before finished scenes are reset.
-
-        Args:
-            obs, info, done: of the step just taken.
-            counters: `episode` and `step`: (N,) int64.
-        """
+        """Take the frames of the step just taken that the sampling rates choose, before scenes are reset."""
         args = self.args
         rate = torch.where(done, max(args.sample_rate_fail, args.sample_rate_fail_final), args.sample_rate_fail)
         if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
@@ -147,7 +138,7 @@ class FrameCollector:
         self.limit_failures()
 
     def limit_failures(self):
-        """Update how many failures there may be, and the share of those chosen that is photographed."""
+        """How many failures there may be, and what share of those chosen is photographed."""
         counts, targets = self.folder.counts, self.targets
         room = targets["failure"] * min(0.5 + counts["success"] / targets["success"], 1.0)
         self.folder.targets["failure"] = room = max(int(room), 1)
@@ -251,8 +242,7 @@ def ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, ar
             nn.utils.clip_grad_norm_(trained, 0.5)
             optimizer.step()
         if train_policy:
-            kl = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE
-            train_policy = kl <= args.target_kl
+            train_policy = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE <= args.target_kl
     return {name: torch.stack(values).mean() for name, values in losses.items()}
 
 
@@ -263,23 +253,21 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     device = DEVICE if args.sim_backend == "physx_cuda" else torch.device("cpu")
 
     # Agent
-    film = args.capture_video and RANK == 0
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film and FILM_CAMERA)
+    film = FILM_CAMERA if args.capture_video and RANK == 0 else None
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
-    torch.manual_seed(args.seed)  # every rank begins with the same agent
+    torch.manual_seed(args.seed)  # the same for every rank
     agent = Agent(obs_dim, action_dim).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         # Without Adam's moments its first steps would hurt a trained policy; step sizes are ours
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
-
-    # The run's folder
-    run_dir, writer = make_run_dir(args, SCRIPT + "-evaluate" * args.evaluate)
+    run_dir, writer = make_run_dir(args, f"{SCRIPT}-evaluate" if args.evaluate else SCRIPT)
     if args.evaluate:
         return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
-    # Scenes: neither another rank nor another seed nor what adds to the frames may repeat their episodes
+    # Scenes: neither another rank, nor seed, nor a run that goes on or adds frames may repeat their episodes
     contract = make_contract(args, task, eval_envs)
     collector = FrameCollector(args, contract)
     folder = collector.folder
@@ -299,7 +287,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
     dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
     episode_id = folder.first_episode + RANK * num_envs + torch.arange(num_envs, device=device)
-    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of those under way
+    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_return = torch.zeros(num_envs, device=device)
 
     bar = tqdm(total=args.target_success + args.target_failure, unit="frame", disable=RANK > 0)
@@ -339,8 +327,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
         # Bootstrap at every end: where the reward is dense, an end that is worth nothing teaches avoidance
-        never = torch.zeros_like(dones)
-        advantages = compute_gae(rewards, values, next_values, never, dones, args.gamma, args.gae_lambda)
+        advantages = compute_gae(rewards, values, next_values, dones & False, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args)
         agent.update_normalization(obs)
@@ -351,7 +338,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
             scalars = {f"losses/{name}": sums[name] / WORLD_SIZE for name in losses}
             scalars["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
             sps = (env_steps - first_env_steps) / (time.time() - start_time)
-            scalars |= {"charts/SPS": sps, "charts/env_steps": env_steps, "data/not_kept": folder.left_out}
+            scalars |= {"charts/SPS": sps, "charts/env_steps": env_steps}
             scalars |= {f"data/{label}": count for label, count in folder.counts.items()}
             bar.n = sum(folder.counts.values())
             log_iteration(writer, bar, global_step, sums, scalars)
@@ -367,59 +354,54 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 
     bar.close()
     say(f"{args.save_dir}: {folder.counts['success']} success and {folder.counts['failure']} failure frames "
-        f"after {env_steps:,} env steps and {time.time() - start_time:.0f} s; {folder.left_out} were not kept")
+        f"after {env_steps:,} env steps and {time.time() - start_time:.0f} s")
     if collector.progress() < 1:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
 
 
-# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+# ==== From here on: machinery. The same text in every script.
 
 # ---------------------------------------- scenes
 
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
-    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our camera.
-
-    `camera`: dict(views={name: dict(pose, fov)}, width, height, shader_pack, meshes, show_goal_site).
-    Views stand side by side; one with `mount` moves with the task's object of that name.
-    """
+    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
+    dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
+    with `mount` moves with the task's object of that name."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
-        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width),
-                             camera["height"], view["fov"], shader_pack=camera["shader_pack"],
-                             mount=getattr(env, view.get("mount", ""), None))
+        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
+                             view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
-    batched, render_backend = sim_backend == "physx_cpu" and not camera, f"sapien_{DEVICE}" if camera else "none"
-    setup_scene = batch_scenes if batched else BaseEnv._setup_scene
+    many = sim_backend == "physx_cpu" and not camera
     try:
-        cls = REGISTERED_ENVS[task["env_id"]].cls
+        cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
-              patch.object(BaseEnv, "_setup_scene", setup_scene),
+              patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),  # may have one scene only
-              patch("sys.stdin", io.StringIO())):  # it asks whether to download what a task needs
+              patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
             env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
                            obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
-                           sim_backend=sim_backend, render_backend=render_backend)
+                           sim_backend=sim_backend, render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({str(error)[:150]})")
+        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({error})"[:300])
     except EOFError:
         fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
     except RuntimeError as error:
-        fail(f"no Vulkan device ({error}); on a CPU: bash tests/install_cpu_renderer.sh")
+        fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
         use_light_meshes(env.unwrapped)
     return env
 
 
 def use_light_meshes(env):
-    """Join vertices of the robot, but for its hand, on a grid of 12 mm, of the ground on one of 40 m:
-    12,000 triangles look nearly like the 155,000 that are most of a frame's time on a CPU."""
+    """Join vertices on a grid: 12,000 triangles look nearly like the 155,000 that take a CPU so long."""
     cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
-             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres
     cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
     for entity, cell in cells.items():
         heavy = entity.find_component_by_type(sapien.render.RenderBodyComponent)
@@ -433,8 +415,7 @@ def use_light_meshes(env):
                 triangles = triangles[(triangles != np.roll(triangles, 1, axis=1)).all(1)]
                 if len(triangles):
                     normals, uvs = part.get_vertex_normal()[first], part.get_vertex_uv()[first]
-                    mesh = sapien.render.RenderShapeTriangleMesh(
-                        corners[first], triangles, normals, uvs, part.material)
+                    mesh = sapien.render.RenderShapeTriangleMesh(corners[first], triangles, normals, uvs, part.material)
                     mesh.local_pose = shape.local_pose
                     light.attach(mesh)
             if not is_mesh:
@@ -445,8 +426,8 @@ def use_light_meshes(env):
 
 
 class PhysxTable:
-    """A table of PhysX on a GPU, a row an object, for objects on a CPU. `table[rows, columns]` reads rows
-    whose scenes have changed, by `get`; what is assigned is written, by `set`. No `get`: only we change it."""
+    """A table of PhysX on a GPU, a row an object, for objects on a CPU: `table[rows, columns]` gets rows whose
+    scenes have changed; what is assigned is set. Without `get` only we change it."""
 
     def __init__(self, px, objects: list, scenes: list, columns: int, set, get=None):
         self.px, self.objects, self.scenes, self.set, self.get = px, objects, np.array(scenes, int), set, get
@@ -484,29 +465,24 @@ class PhysxTable:
             self.read[rows] = self.px.version[self.scenes[rows]]
 
 
-def batch_scenes(env):
-    """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
-    from mani_skill.envs.scene import ManiSkillScene
-
-    env._set_scene_config()
-    scenes = [sapien.Scene([sapien.physx.PhysxCpuSystem()]) for _ in range(env.num_envs)]
-    env.scene = ManiSkillScene(scenes, sim_config=env.sim_config, device=env.device, backend=env.backend)
-    env.scene.px, env.scene.gpu_sim_enabled = PhysxCpuScenes(env.scene, 1 / env._sim_freq), True
-
-
 class PhysxCpuScenes:
-    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: ManiSkill's
-    code for GPUs, from controllers to rewards, computes all at once, and only physics is stepped scene by
-    scene. tests/test_env.py compares every number with stock scenes."""
+    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: all but
+    physics is ManiSkill's batched code. tests/test_env.py compares every number with stock scenes."""
     __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
 
-    def __init__(self, scene, timestep: float):
-        self.scene, self.timestep, self.pending_steps = scene, timestep, 0
-        self.systems = [sub_scene.physx_system for sub_scene in scene.sub_scenes]
-        self.version = np.zeros(len(self.systems), int)  # counts a scene's changes
-        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
+    def __init__(self, env):
+        """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
+        from mani_skill.envs.scene import ManiSkillScene
+
+        env._set_scene_config()
+        self.systems = [sapien.physx.PhysxCpuSystem() for _ in range(env.num_envs)]
+        env.scene = self.scene = ManiSkillScene([sapien.Scene([px]) for px in self.systems], env.sim_config,
+                                                device=env.device, backend=env.backend)
+        env.scene.px, env.scene.gpu_sim_enabled, self.timestep = self, True, 1 / env._sim_freq
         for px in self.systems:
-            px.timestep = timestep
+            px.timestep = self.timestep
+        self.pending_steps, self.version = 0, np.zeros(env.num_envs, int)  # version counts changes
+        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
 
     def __getattr__(self, name):
         if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # tables do it when used
@@ -551,15 +527,15 @@ class PhysxCpuScenes:
         def set_targets(name):
             return lambda art, row: [getattr(joint, name)(x) for joint, x in zip(joints[art], row.tolist())]
 
-        actors = [*self.scene.actors.values(), *self.scene.actor_views.values()]
-        links = [link for art in self.scene.articulations.values() for link in art.links]
-        bodies = give_rows([actor for actor in actors if actor.px_body_type != "static"] + links,
-                           "_body_data_index_internal", "_bodies")
-        structs = [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        scene, structs = self.scene, [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        actors = [*scene.actors.values(), *scene.actor_views.values()]
+        actors = [actor for actor in actors if actor.px_body_type != "static"]
+        links = [link for art in scene.articulations.values() for link in art.links]
+        bodies = give_rows(actors + links, "_body_data_index_internal", "_bodies")
         arts = give_rows(structs, "_data_index", "_objs")
-        for struct in structs:
-            for joint in struct.joints or ():
-                joint._data_index = struct._data_index
+        for art in structs:
+            for joint in art.joints or ():
+                joint._data_index = art._data_index
         joints = {art: art.active_joints for art in arts[0]}
         dof = max((art.dof for art in joints), default=0)
         self.cuda_rigid_body_data = PhysxTable(self, *bodies, 13, set_body, get_body)
@@ -590,12 +566,12 @@ class PhysxCpuScenes:
 
 
 class ManiSkillEnvs(gym.Wrapper):
-    """`num_envs` scenes of a task in one process; the training loop cannot tell a GPU from a CPU.
+    """`num_envs` scenes of a task in one process; training cannot tell a GPU from a CPU.
 
-        obs, info = envs.reset(seed=...)                              # (N, obs_dim) float32
+        obs, info = envs.reset(seed=...)  # (N, obs_dim) float32
         obs, reward, terminated, truncated, info = envs.step(action)  # (N, ...); nothing is reset
-        obs, info = envs.reset(options=dict(env_idx=indices))         # only these scenes begin anew
-        frames = envs.render_frames(indices)                          # (K, H, W, 3) uint8
+        obs, info = envs.reset(options=dict(env_idx=indices))  # only these scenes begin anew
+        frames = envs.render_frames(indices)  # (K, H, W, 3) uint8
 
     `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
     """
@@ -608,24 +584,19 @@ class ManiSkillEnvs(gym.Wrapper):
         if not isinstance(self.single_action_space, gym.spaces.Box):
             fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions, not a vector")
         self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        controller, reset_all = self.agent.controller, self.agent.controller.reset
-
-        def reset_some():  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
-            with patch.object(self.scene, "_reset_mask", self.resetting):
-                reset_all()
-
-        controller.reset = reset_some
+        controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
+        controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
         for part in getattr(controller, "controllers", {}).values():
             if hasattr(part, "kinematics") and not on_gpu:
                 part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
         try:  # what training will do
             self.reset(seed=0)
-            _, _, _, _, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
+            *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             fail(f"{' with '.join(task.values())} cannot be simulated as many scenes ({str(error)[:100]!r})")
         if "success" not in info or not self.max_episode_steps:
-            fail(f"{task['env_id']} reports no success or has no time limit; choose another task")
+            fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
             if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
@@ -640,13 +611,11 @@ class ManiSkillEnvs(gym.Wrapper):
         return getattr(self.unwrapped, name)
 
     def reset(self, seed: Optional[int] = None, options: Optional[dict] = None):
-        """New episodes in the scenes `options["env_idx"]` (default: all)."""
         idx = options["env_idx"] if options else torch.arange(self.num_envs, device=self.device)
         self.resetting.fill_(False)[idx] = True
         return self.env.reset(seed=seed, options=dict(env_idx=idx))
 
     def render_frames(self, env_idx):
-        """Photograph the scenes `env_idx` (K,): (K, height, width, 3) uint8."""
         from mani_skill.utils import tree
 
         if self.studio is self:
@@ -660,160 +629,103 @@ class ManiSkillEnvs(gym.Wrapper):
 
 # ---------------------------------------- cameras
 
-# Two views at right angles: one cannot tell how deep the goal is behind the cube. Those that are mounted on
-# the goal look from 45 degrees, where fingers hide less of the cube than from the side.
-CAMERAS = dict(  # pose: position in metres, quaternion wxyz; fov: vertical, in radians
-    goal=dict(
-        left=dict(mount="goal_site", pose=[0.84853, 0.84853, 0.22, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.17),
-        right=dict(mount="goal_site", pose=[0.84853, -0.84853, 0.22, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.17)),
-    workspace=dict(
-        left=dict(pose=[0.84853, 0.84853, 0.42, 0.38111, 0.08364, 0.03465, -0.92009], fov=0.46),
-        right=dict(pose=[0.84853, -0.84853, 0.42, 0.38111, -0.08364, 0.03465, 0.92009], fov=0.46)))
+def two_views(height: float, fov: float, **more) -> dict:
+    """At right angles: one cannot tell how deep the goal is behind the cube. Metres, quaternion wxyz."""
+    return {name: dict(more, pose=[0.84853, y * 0.84853, height, 0.38111, y * 0.08364, 0.03465, y * -0.92009], fov=fov)
+            for name, y in (("left", 1), ("right", -1))}
+
+
+# Those that are mounted on the goal look from 45 degrees, where fingers hide less of the cube than from the side
+CAMERAS = dict(goal=two_views(0.22, 0.17, mount="goal_site"), workspace=two_views(0.42, 0.46))
 
 
 def make_contract(args, task: dict, envs) -> dict:
     """What metadata.json says of the frames; stage 2 hands it on to stage 4, which takes such pictures."""
     import mani_skill
+    from mani_skill.sensors.camera import parse_camera_configs
 
-    camera = args.camera
-    if camera == "auto":
-        camera = "goal" if hasattr(envs.unwrapped, "goal_site") else "task"
-    if camera == "goal" and not hasattr(envs.unwrapped, "goal_site"):
-        fail(f"--camera goal: {args.env_id} has no goal_site to move with; take task or workspace")
-    views = CAMERAS.get(camera) or {
-        config.uid: dict(pose=config.pose.raw_pose[0].double().round(decimals=5).tolist(), fov=float(config.fov))
-        for config in [envs.unwrapped._default_human_render_camera_configs]}
+    has_goal, configs = hasattr(envs.unwrapped, "goal_site"), envs.unwrapped._default_human_render_camera_configs
+    if args.camera == "goal" and not has_goal:
+        fail(f"--camera goal: {task['env_id']} has no goal_site to move with")
+    views = CAMERAS.get("goal" if args.camera == "auto" and has_goal else args.camera) or {
+        name: dict(pose=config.pose.raw_pose[0].double().round(decimals=5).tolist(), fov=float(config.fov))
+        for name, config in parse_camera_configs(configs).items()}
     return dict(format_version=3, **task, views=views, width=args.image_size, height=args.image_size,
-                shader_pack="minimal", meshes=args.meshes, show_goal_site=args.show_goal_site,
-                mani_skill_version=mani_skill.__version__)
+                meshes=args.meshes, show_goal_site=args.show_goal_site, mani_skill_version=mani_skill.__version__)
 
 
 # ---------------------------------------- frames
 
-LABELS = ("success", "failure")
-TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
-COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
-           "is_obj_placed", "is_robot_static", "is_grasped")
-"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the
-vector from the cube to the goal in metres (PickCube only), flags are 0 or 1"""
-
-
-def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
-    """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters: `episode`, `step`, (N,) int64."""
-    columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done)
-    table = torch.stack([values[idx].long() for values in (info["success"], *columns.values())], 1).tolist()
-    rows = [dict(zip(columns, row), label=LABELS[not success], global_step=global_step, env_steps=env_steps)
-            for success, *row in table]
-    if env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-        to_goal = obs[idx, -3:].double()
-        to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
-        for row, distances in zip(rows, to_goal.tolist()):
-            row.update(zip(("cube_to_goal", *TO_GOAL), distances))
-    return rows
-
-
 class FrameFolder:
-    """success/0001.png ..., failure/..., index.csv and metadata.json: any rank adds frames, rank 0 writes.
-
-    PNGs are written first, then the table, then replaced frames are removed: a crash leaves at most a frame
-    without a row. Such a frame, or one that a person put there, stays and counts: its folder is its label.
-
-    `targets`: frames of each label; more successes are dropped, more failures replace random old ones.
-    """
+    """success/0001.png ..., failure/..., index.csv and metadata.json: any rank adds frames, rank 0 writes them.
+    A crash leaves at most frames without a row. These, or what a person put there, stay and count: their folder
+    is their label. `targets`: more successes are dropped, more failures replace random old ones."""
 
     def __init__(self, path: str, contract: dict, targets: dict, seed: int):
-        self.dir, self.targets, self.pending, self.left_out = Path(path), targets, [], 0
-        self.rows, self.others, self.numbers = {}, {}, {}  # rank 0: of each label
+        self.dir, self.targets, self.pending = Path(path), targets, []
+        self.rows, self.others, self.numbers = {}, {}, {}  # rank 0, of each label
         if RANK == 0:
             self._open(contract)
-        self.rng = np.random.default_rng([seed, *self._share_counts().values()])
+        self.file()
+        self.rng = np.random.default_rng([seed, *self.counts.values()])
 
     def _open(self, contract: dict):
+        metadata, index = self.dir / "metadata.json", self.dir / "index.csv"
         for label in LABELS:
             (self.dir / label).mkdir(parents=True, exist_ok=True)
-        self.lock, metadata, index = os.open(self.dir, os.O_RDONLY), self.dir / "metadata.json", self.dir / "index.csv"
         try:
+            self.lock = os.open(self.dir, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            known = json.loads(metadata.read_text()) if metadata.exists() else contract
-            differing = differences(known, contract)
-            rows = list(csv.DictReader(io.StringIO(index.read_text()))) if index.exists() else []
-            rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in rows}
+            known = {} if any(self.dir.glob("*/*.png")) else contract
+            differing = differences(json.loads(metadata.read_text()) if metadata.exists() else known, contract)
+            table = csv.DictReader(index.read_text().splitlines() if index.exists() else [])
+            rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in table}
         except BlockingIOError:
             fail(f"another run writes into {self.dir}; choose another folder")
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
             fail(f"{metadata} or {index} is damaged ({error}); choose another folder")
-        if differing or not metadata.exists() and any(self.dir.glob("*/*.png")):
-            fail(f"{self.dir} holds frames made differently; choose another folder, or match: "
-                 f"{differing or 'there is no metadata.json'}")
+        if differing:
+            fail(f"{self.dir} holds frames made differently; choose another folder, or match: {differing}")
         write_file(metadata, json.dumps(contract, indent=2).encode())
-        for leftover in self.dir.glob("*/*.tmp"):
-            leftover.unlink()
         for label in LABELS:
-            files = [f"{label}/{file.name}" for file in (self.dir / label).iterdir()]
+            files = [f"{label}/{file.name}" for file in (self.dir / label).glob("*.png")]
             self.rows[label] = [rows[file] for file in files if file in rows]
             self.others[label] = len(files) - len(self.rows[label])
             self.numbers[label] = max([int(n) for file in files for n in re.findall(r"\d+", file)], default=0)
-        self._write_index()
-
-    def _write_index(self):
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for label in LABELS for row in self.rows[label])
-        write_file(self.dir / "index.csv", table.getvalue().encode())
-
-    def _share_counts(self) -> dict:
-        """Collective: how many frames there are of each label, and a number for the next episode."""
-        counts = {label: len(self.rows[label]) + self.others[label] for label in self.rows}
-        episodes = [row["episode"] for rows in self.rows.values() for row in rows]
-        self.counts, self.first_episode = gather((counts, max(episodes, default=-1) + 1))[0]
-        return self.counts
 
     def add(self, frames, rows: list):
-        """Keep (K, H, W, 3) uint8 frames for the next file()."""
-        for frame, row in zip(frames.cpu().numpy(), rows):
-            png = io.BytesIO()
-            Image.fromarray(frame).save(png, "PNG", compress_level=1)
-            self.pending.append((row, png.getvalue()))
+        self.pending += [(row, to_png(frame)) for frame, row in zip(frames.cpu(), rows)]
 
     def file(self):
-        """Collective: rank 0 writes everybody's new frames, and all learn how many there are."""
+        """Collective: rank 0 writes all new frames, then the table, then removes those that were replaced."""
         gathered, self.pending, replaced = gather(self.pending), [], []
         for row, png in [frame for frames in gathered for frame in frames] if RANK == 0 else []:
             label, rows = row["label"], self.rows[row["label"]]
             if len(rows) + self.others[label] >= self.targets[label]:
-                self.left_out += 1
                 if label == "success" or not rows:
                     continue
                 replaced.append(rows.pop(self.rng.integers(len(rows))))
-            self.numbers[label] += 1
+            self.numbers[label] += 1  # no number is used twice
             rows.append(row | dict(file=f"{label}/{self.numbers[label]:04d}.png"))
             write_file(self.dir / rows[-1]["file"], png)
+        rows = [row for label in self.rows for row in self.rows[label]]
         if RANK == 0:
-            self._write_index()
+            write_index(self.dir, rows)
         for row in replaced:
             (self.dir / row["file"]).unlink()
-        self._share_counts()
+        counts = {label: len(self.rows[label]) + self.others[label] for label in self.rows}
+        first_episode = max([row["episode"] for row in rows], default=-1) + 1
+        self.counts, self.first_episode = gather((counts, first_episode))[0]
 
-    def preview(self, columns: int = 8, rows: int = 3, size: int = 168):
-        """Rank 0: random frames, successes on green, failures on red: (H, W, 3) uint8, and preview.png."""
-        sheet, cell = Image.new("RGB", (columns * (size + 4), 2 * rows * (size + 4))), size + 4
+    def preview(self, size: int = 172):
+        """Rank 0: random frames, successes in green, failures in red: (H, W, 3) uint8, and preview.png."""
+        sheet = Image.new("RGB", (8 * size, 6 * size))
         for c, (label, color) in enumerate(zip(LABELS, ("#2a2", "#c33"))):
-            sheet.paste(color, (0, c * rows * cell, sheet.width, (c + 1) * rows * cell))
-            for k, row in enumerate(self.rng.permutation(self.rows[label])[:columns * rows]):
-                with Image.open(self.dir / row["file"]) as frame:
-                    picture = frame.resize((size, size))
-                sheet.paste(picture, (k % columns * cell + 2, (c * rows + k // columns) * cell + 2))
+            for k, row in enumerate(self.rng.permutation(self.rows[label])[:24]):
+                frame = Image.open(self.dir / row["file"]).resize((size - 4, size - 4))
+                sheet.paste(ImageOps.expand(frame, 2, color), (k % 8 * size, (3 * c + k // 8) * size))
         sheet.save(self.dir / "preview.png")
         return np.asarray(sheet)
-
-
-def gather(value) -> list:
-    """The `value` of every rank, on every rank."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 # ---------------------------------------- contract
@@ -825,23 +737,60 @@ def differences(theirs: dict, ours: dict) -> str:
                      if theirs.get(key) != ours.get(key))
 
 
-def write_file(path: Path, data: bytes):
-    """Via a temporary file, so that `path` never holds half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+# ---------------------------------------- rows
+
+LABELS = ("success", "failure")
+TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
+# Of index.csv: `step` counts from 1 in an episode; distance and vector from cube to goal in metres (PickCube)
+COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
+           "is_obj_placed", "is_robot_static", "is_grasped")
+
+
+def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
+    """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters: `episode`, `step`, (N,) int64."""
+    columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done, label=info["success"])
+    table = torch.stack([values[idx].long() for values in columns.values()], 1).tolist()
+    rows = [dict(zip(columns, row), global_step=global_step, env_steps=env_steps) for row in table]
+    for row in rows:
+        row["label"] = LABELS[not row["label"]]
+    if env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
+        to_goal = obs[idx, -3:].double()
+        to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
+        for row, distances in zip(rows, to_goal.tolist()):
+            row.update(zip(("cube_to_goal", *TO_GOAL), distances))
+    return rows
+
+
+def to_png(frame) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(frame.numpy()).save(png, "PNG", compress_level=1)
+    return png.getvalue()
+
+
+def write_index(folder: Path, rows: list):
+    table = io.StringIO()
+    csv.DictWriter(table, COLUMNS, lineterminator="\n").writerows([dict(zip(COLUMNS, COLUMNS)), *rows])
+    write_file(folder / "index.csv", table.getvalue().encode())
+
+
+def gather(value) -> list:
+    """The `value` of every rank, on every rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ---------------------------------------- runs and ranks
 
 FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
-FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, shader_pack="minimal", meshes="light", show_goal_site=True)
+FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
 
 
 @torch.no_grad()
 def evaluate(agent, envs):
-    """One episode a scene with the deterministic policy, on seeds that never change. Returns means over the
-    ranks (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
+    """One episode a scene with the deterministic policy, always the same ones. Returns means over the ranks
+    (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
     obs, _ = envs.reset(seed=1_000_000 + RANK)
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
@@ -878,7 +827,7 @@ def log_evaluation(agent, envs, run_dir, writer, global_step: int, env_steps: in
                 imageio.mimwrite(path, film, fps=20, macro_block_size=1)
                 text += f", {path}"
         except Exception as error:  # whatever ffmpeg has: no film is no reason to end
-            say(f"{SCRIPT}: warning: no film ({str(error)[:200]})")
+            say(f"warning: no film ({str(error)[:200]})")
         say(f"global step {global_step}, {env_steps:,} env steps: {text}")
     return metrics["success_once"]
 
@@ -902,8 +851,7 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
         torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
                         agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.tmp").write_bytes(buffer.getbuffer())
-        (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")  # which is never half a file
+        write_file(folder / "checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
@@ -916,14 +864,13 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
         if not all(weight.isfinite().all() for weight in checkpoint["agent"].values()):
             raise ValueError(f"{file} has weights that are not finite")
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+    except Exception as error:  # torch.load raises many kinds
         fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
     say(f"from {file}")
     return checkpoint
 
 
 def usable_cores() -> int:
-    """This process's affinity, at most what its container's quota (cgroup v2) amounts to."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError, ValueError):  # no such file; "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -932,18 +879,18 @@ def usable_cores() -> int:
 
 
 def start_ranks(args):
-    """On a CPU fork the ranks; join them. Only they return: this process hands signals on, ends with the
-    last of them, and kills the others once one has failed; if it is killed, they are too."""
+    """On a CPU fork the ranks, which alone return. This process hands signals on, ends with the last of
+    them, and kills the others once one has failed; if it is killed, they are too."""
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
-    if args.num_envs // num_ranks * args.num_steps < 2 * args.num_minibatches:
-        fail(f"too few --num-envs or --num-steps for {num_ranks} processes and --num-minibatches")
+    if min(args.num_envs, args.num_eval_envs, args.num_envs * args.num_steps // args.num_minibatches // 2) < num_ranks:
+        fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes")
     if num_ranks > WORLD_SIZE:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
         while len(pids) < num_ranks and 0 not in pids:
-            pids.append(os.fork())  # a rank that imports everything again takes seconds
+            pids.append(os.fork())
         if 0 not in pids:
             on_stop_signal(lambda signum: [os.kill(pid, signum) for pid in pids])
             while pids:
@@ -968,41 +915,48 @@ def all_reduce_sum(tensor):
 
 
 def sum_over_ranks(sums: dict) -> dict:
-    """{name: number or scalar tensor} -> {name: number}. One that is not finite ends the run."""
+    """{name: number or scalar tensor} -> {name: number}; one that is not finite ends the run."""
     values = all_reduce_sum(torch.tensor([*map(float, sums.values())], dtype=torch.float64)).tolist()
     if not np.isfinite(values).all():
-        fail("losses or rewards are no longer finite; go on with a smaller --learning-rate")
+        fail("losses or rewards are no longer finite; lower --learning-rate")
     return dict(zip(sums, values))
 
 
 def average_gradients(parameters):
     if WORLD_SIZE > 1:
         grads = [p.grad for p in parameters]
-        sums = all_reduce_sum(nn.utils.parameters_to_vector(grads))
-        nn.utils.vector_to_parameters(sums / WORLD_SIZE, grads)
+        flat = all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 # ---------------------------------------- files and flags
 
 def on_stop_signal(handle):
-    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's stays ignored."""
+    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, _: handle(signum))
 
 
 def say(text: str):
-    """Rank 0 prints; that nobody can read it any more (| tee and Ctrl-C) is no reason to end."""
+    """Rank 0 prints; that nobody can read it any more (| tee) is no reason to end."""
     with contextlib.suppress(OSError):
         if RANK == 0:
             tqdm.write(text)
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
-    time.sleep(10 if RANK > 0 else 0)  # for rank 0 to say it: the first rank that fails ends all
+    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def write_file(path: Path, data: bytes):
+    """Via a temporary file, so that `path` never holds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def make_run_dir(args, name: str = SCRIPT):
@@ -1012,11 +966,11 @@ def make_run_dir(args, name: str = SCRIPT):
     run_dir = Path(args.log_dir, f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}")
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args) | dict(command=shlex.join(sys.argv)), indent=2))
-    return run_dir, SummaryWriter(run_dir)
+    return run_dir, SummaryWriter(run_dir.absolute())
 
 
 def parse_args():
-    """Numbers are finite and not negative, counts at least 1 (but for two), shares at most 1."""
+    """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
@@ -1027,8 +981,8 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to lose
-    torch.set_num_threads(1)  # processes with threads cannot be forked, and slow each other down
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
+    torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args = parse_args()
     task = dict(env_id=args.env_id, control_mode=args.control_mode)
     checkpoint = load_checkpoint(args, task) if args.resume_dir else None

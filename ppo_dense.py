@@ -5,9 +5,7 @@
 
     python ppo_dense.py                          # on a GPU if there is one
     torchrun --nproc-per-node=8 ppo_dense.py     # on eight
-    python ppo_dense.py --env-id PushCube-v1     # another ManiSkill task
     python ppo_dense.py --resume-dir logs/<run>  # go on where a run stopped
-    python ppo_dense.py --resume-dir logs/<run> --evaluate
 """
 import atexit
 import contextlib
@@ -54,25 +52,25 @@ class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
     env_id: str = "PickCube-v1"  # any ManiSkill task that reports `success` and has a dense reward
     control_mode: str = "pd_joint_delta_pos"  # ManiSkill controller of the arm
-    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs (if there is a GPU, it draws)
+    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
     log_dir: str = "logs"  # parent of the runs' folders
-    resume_dir: tuple[str, ...] = ()  # runs or checkpoints: the newest goes on, or lends its agent
+    resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
-    num_envs: int = 1024 if GPU else 64  # parallel scenes of all processes together
+    num_envs: int = 1024 if GPU else 64  # parallel scenes of all processes
     num_steps: int = 50 if GPU else 25  # of every scene in one rollout
-    num_iterations: int = 100 if GPU else 1000  # global steps: a rollout and its update
+    num_iterations: int = 100 if GPU else 1000  # global steps: rollout, update
     num_minibatches: int = 32 if GPU else 4  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 3e-4 if GPU else 2e-4  # Adam's step size
     gamma: Share = 0.8 if GPU else 0.9  # discount factor per step
-    gae_lambda: Share = 0.9  # of generalised advantage estimation (arXiv:1506.02438)
+    gae_lambda: Share = 0.9  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.2  # PPO's clipping range (arXiv:1707.06347)
     target_kl: float = 0.1 if GPU else 0.03  # nats of an epoch, after which only the critic goes on
-    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square: no idle turning
+    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
-    num_eval_envs: int = 128  # evaluation episodes of all processes together
+    num_eval_envs: int = 128  # evaluation episodes of all processes
     save_interval: int = 20  # global steps between checkpoints
     capture_video: bool = True  # film the first evaluation scenes, into videos/
     stop_at_success: Share = 0.97  # end with the first evaluation above this; 1: never
@@ -175,8 +173,7 @@ def ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, ar
             nn.utils.clip_grad_norm_(trained, 0.5)
             optimizer.step()
         if train_policy:
-            kl = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE
-            train_policy = kl <= args.target_kl
+            train_policy = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE <= args.target_kl
     return {name: torch.stack(values).mean() for name, values in losses.items()}
 
 
@@ -187,19 +184,17 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     device = DEVICE if args.sim_backend == "physx_cuda" else torch.device("cpu")
 
     # Agent
-    film = args.capture_video and RANK == 0
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film and FILM_CAMERA)
+    film = FILM_CAMERA if args.capture_video and RANK == 0 else None
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
-    torch.manual_seed(args.seed)  # every rank begins with the same agent
+    torch.manual_seed(args.seed)  # the same for every rank
     agent = Agent(obs_dim, action_dim).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         # Without Adam's moments its first steps would hurt a trained policy; step sizes are ours
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
-
-    # The run's folder
-    run_dir, writer = make_run_dir(args, SCRIPT + "-evaluate" * args.evaluate)
+    run_dir, writer = make_run_dir(args, f"{SCRIPT}-evaluate" if args.evaluate else SCRIPT)
     if args.evaluate:
         return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
@@ -218,7 +213,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     actions = torch.zeros((args.num_steps, num_envs, action_dim), device=device)
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
     dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
-    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of those under way
+    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_return = torch.zeros(num_envs, device=device)
 
     bar = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
@@ -254,8 +249,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
         # Bootstrap at every end: where the reward is dense, an end that is worth nothing teaches avoidance
-        never = torch.zeros_like(dones)
-        advantages = compute_gae(rewards, values, next_values, never, dones, args.gamma, args.gae_lambda)
+        advantages = compute_gae(rewards, values, next_values, dones & False, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args)
         agent.update_normalization(obs)
@@ -286,54 +280,49 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
 
 
-# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+# ==== From here on: machinery. The same text in every script.
 
 # ---------------------------------------- scenes
 
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
-    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our camera.
-
-    `camera`: dict(views={name: dict(pose, fov)}, width, height, shader_pack, meshes, show_goal_site).
-    Views stand side by side; one with `mount` moves with the task's object of that name.
-    """
+    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
+    dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
+    with `mount` moves with the task's object of that name."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
-        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width),
-                             camera["height"], view["fov"], shader_pack=camera["shader_pack"],
-                             mount=getattr(env, view.get("mount", ""), None))
+        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
+                             view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
-    batched, render_backend = sim_backend == "physx_cpu" and not camera, f"sapien_{DEVICE}" if camera else "none"
-    setup_scene = batch_scenes if batched else BaseEnv._setup_scene
+    many = sim_backend == "physx_cpu" and not camera
     try:
-        cls = REGISTERED_ENVS[task["env_id"]].cls
+        cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
-              patch.object(BaseEnv, "_setup_scene", setup_scene),
+              patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),  # may have one scene only
-              patch("sys.stdin", io.StringIO())):  # it asks whether to download what a task needs
+              patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
             env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
                            obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
-                           sim_backend=sim_backend, render_backend=render_backend)
+                           sim_backend=sim_backend, render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({str(error)[:150]})")
+        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({error})"[:300])
     except EOFError:
         fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
     except RuntimeError as error:
-        fail(f"no Vulkan device ({error}); on a CPU: bash tests/install_cpu_renderer.sh")
+        fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
         use_light_meshes(env.unwrapped)
     return env
 
 
 def use_light_meshes(env):
-    """Join vertices of the robot, but for its hand, on a grid of 12 mm, of the ground on one of 40 m:
-    12,000 triangles look nearly like the 155,000 that are most of a frame's time on a CPU."""
+    """Join vertices on a grid: 12,000 triangles look nearly like the 155,000 that take a CPU so long."""
     cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
-             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres
     cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
     for entity, cell in cells.items():
         heavy = entity.find_component_by_type(sapien.render.RenderBodyComponent)
@@ -347,8 +336,7 @@ def use_light_meshes(env):
                 triangles = triangles[(triangles != np.roll(triangles, 1, axis=1)).all(1)]
                 if len(triangles):
                     normals, uvs = part.get_vertex_normal()[first], part.get_vertex_uv()[first]
-                    mesh = sapien.render.RenderShapeTriangleMesh(
-                        corners[first], triangles, normals, uvs, part.material)
+                    mesh = sapien.render.RenderShapeTriangleMesh(corners[first], triangles, normals, uvs, part.material)
                     mesh.local_pose = shape.local_pose
                     light.attach(mesh)
             if not is_mesh:
@@ -359,8 +347,8 @@ def use_light_meshes(env):
 
 
 class PhysxTable:
-    """A table of PhysX on a GPU, a row an object, for objects on a CPU. `table[rows, columns]` reads rows
-    whose scenes have changed, by `get`; what is assigned is written, by `set`. No `get`: only we change it."""
+    """A table of PhysX on a GPU, a row an object, for objects on a CPU: `table[rows, columns]` gets rows whose
+    scenes have changed; what is assigned is set. Without `get` only we change it."""
 
     def __init__(self, px, objects: list, scenes: list, columns: int, set, get=None):
         self.px, self.objects, self.scenes, self.set, self.get = px, objects, np.array(scenes, int), set, get
@@ -398,29 +386,24 @@ class PhysxTable:
             self.read[rows] = self.px.version[self.scenes[rows]]
 
 
-def batch_scenes(env):
-    """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
-    from mani_skill.envs.scene import ManiSkillScene
-
-    env._set_scene_config()
-    scenes = [sapien.Scene([sapien.physx.PhysxCpuSystem()]) for _ in range(env.num_envs)]
-    env.scene = ManiSkillScene(scenes, sim_config=env.sim_config, device=env.device, backend=env.backend)
-    env.scene.px, env.scene.gpu_sim_enabled = PhysxCpuScenes(env.scene, 1 / env._sim_freq), True
-
-
 class PhysxCpuScenes:
-    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: ManiSkill's
-    code for GPUs, from controllers to rewards, computes all at once, and only physics is stepped scene by
-    scene. tests/test_env.py compares every number with stock scenes."""
+    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: all but
+    physics is ManiSkill's batched code. tests/test_env.py compares every number with stock scenes."""
     __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
 
-    def __init__(self, scene, timestep: float):
-        self.scene, self.timestep, self.pending_steps = scene, timestep, 0
-        self.systems = [sub_scene.physx_system for sub_scene in scene.sub_scenes]
-        self.version = np.zeros(len(self.systems), int)  # counts a scene's changes
-        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
+    def __init__(self, env):
+        """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
+        from mani_skill.envs.scene import ManiSkillScene
+
+        env._set_scene_config()
+        self.systems = [sapien.physx.PhysxCpuSystem() for _ in range(env.num_envs)]
+        env.scene = self.scene = ManiSkillScene([sapien.Scene([px]) for px in self.systems], env.sim_config,
+                                                device=env.device, backend=env.backend)
+        env.scene.px, env.scene.gpu_sim_enabled, self.timestep = self, True, 1 / env._sim_freq
         for px in self.systems:
-            px.timestep = timestep
+            px.timestep = self.timestep
+        self.pending_steps, self.version = 0, np.zeros(env.num_envs, int)  # version counts changes
+        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
 
     def __getattr__(self, name):
         if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # tables do it when used
@@ -465,15 +448,15 @@ class PhysxCpuScenes:
         def set_targets(name):
             return lambda art, row: [getattr(joint, name)(x) for joint, x in zip(joints[art], row.tolist())]
 
-        actors = [*self.scene.actors.values(), *self.scene.actor_views.values()]
-        links = [link for art in self.scene.articulations.values() for link in art.links]
-        bodies = give_rows([actor for actor in actors if actor.px_body_type != "static"] + links,
-                           "_body_data_index_internal", "_bodies")
-        structs = [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        scene, structs = self.scene, [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        actors = [*scene.actors.values(), *scene.actor_views.values()]
+        actors = [actor for actor in actors if actor.px_body_type != "static"]
+        links = [link for art in scene.articulations.values() for link in art.links]
+        bodies = give_rows(actors + links, "_body_data_index_internal", "_bodies")
         arts = give_rows(structs, "_data_index", "_objs")
-        for struct in structs:
-            for joint in struct.joints or ():
-                joint._data_index = struct._data_index
+        for art in structs:
+            for joint in art.joints or ():
+                joint._data_index = art._data_index
         joints = {art: art.active_joints for art in arts[0]}
         dof = max((art.dof for art in joints), default=0)
         self.cuda_rigid_body_data = PhysxTable(self, *bodies, 13, set_body, get_body)
@@ -504,12 +487,12 @@ class PhysxCpuScenes:
 
 
 class ManiSkillEnvs(gym.Wrapper):
-    """`num_envs` scenes of a task in one process; the training loop cannot tell a GPU from a CPU.
+    """`num_envs` scenes of a task in one process; training cannot tell a GPU from a CPU.
 
-        obs, info = envs.reset(seed=...)                              # (N, obs_dim) float32
+        obs, info = envs.reset(seed=...)  # (N, obs_dim) float32
         obs, reward, terminated, truncated, info = envs.step(action)  # (N, ...); nothing is reset
-        obs, info = envs.reset(options=dict(env_idx=indices))         # only these scenes begin anew
-        frames = envs.render_frames(indices)                          # (K, H, W, 3) uint8
+        obs, info = envs.reset(options=dict(env_idx=indices))  # only these scenes begin anew
+        frames = envs.render_frames(indices)  # (K, H, W, 3) uint8
 
     `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
     """
@@ -522,24 +505,19 @@ class ManiSkillEnvs(gym.Wrapper):
         if not isinstance(self.single_action_space, gym.spaces.Box):
             fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions, not a vector")
         self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        controller, reset_all = self.agent.controller, self.agent.controller.reset
-
-        def reset_some():  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
-            with patch.object(self.scene, "_reset_mask", self.resetting):
-                reset_all()
-
-        controller.reset = reset_some
+        controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
+        controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
         for part in getattr(controller, "controllers", {}).values():
             if hasattr(part, "kinematics") and not on_gpu:
                 part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
         try:  # what training will do
             self.reset(seed=0)
-            _, _, _, _, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
+            *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             fail(f"{' with '.join(task.values())} cannot be simulated as many scenes ({str(error)[:100]!r})")
         if "success" not in info or not self.max_episode_steps:
-            fail(f"{task['env_id']} reports no success or has no time limit; choose another task")
+            fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
             if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
@@ -554,13 +532,11 @@ class ManiSkillEnvs(gym.Wrapper):
         return getattr(self.unwrapped, name)
 
     def reset(self, seed: Optional[int] = None, options: Optional[dict] = None):
-        """New episodes in the scenes `options["env_idx"]` (default: all)."""
         idx = options["env_idx"] if options else torch.arange(self.num_envs, device=self.device)
         self.resetting.fill_(False)[idx] = True
         return self.env.reset(seed=seed, options=dict(env_idx=idx))
 
     def render_frames(self, env_idx):
-        """Photograph the scenes `env_idx` (K,): (K, height, width, 3) uint8."""
         from mani_skill.utils import tree
 
         if self.studio is self:
@@ -575,13 +551,13 @@ class ManiSkillEnvs(gym.Wrapper):
 # ---------------------------------------- runs and ranks
 
 FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
-FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, shader_pack="minimal", meshes="light", show_goal_site=True)
+FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
 
 
 @torch.no_grad()
 def evaluate(agent, envs):
-    """One episode a scene with the deterministic policy, on seeds that never change. Returns means over the
-    ranks (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
+    """One episode a scene with the deterministic policy, always the same ones. Returns means over the ranks
+    (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
     obs, _ = envs.reset(seed=1_000_000 + RANK)
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
@@ -618,7 +594,7 @@ def log_evaluation(agent, envs, run_dir, writer, global_step: int, env_steps: in
                 imageio.mimwrite(path, film, fps=20, macro_block_size=1)
                 text += f", {path}"
         except Exception as error:  # whatever ffmpeg has: no film is no reason to end
-            say(f"{SCRIPT}: warning: no film ({str(error)[:200]})")
+            say(f"warning: no film ({str(error)[:200]})")
         say(f"global step {global_step}, {env_steps:,} env steps: {text}")
     return metrics["success_once"]
 
@@ -642,8 +618,7 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
         torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
                         agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.tmp").write_bytes(buffer.getbuffer())
-        (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")  # which is never half a file
+        write_file(folder / "checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
@@ -656,14 +631,13 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
         if not all(weight.isfinite().all() for weight in checkpoint["agent"].values()):
             raise ValueError(f"{file} has weights that are not finite")
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+    except Exception as error:  # torch.load raises many kinds
         fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
     say(f"from {file}")
     return checkpoint
 
 
 def usable_cores() -> int:
-    """This process's affinity, at most what its container's quota (cgroup v2) amounts to."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError, ValueError):  # no such file; "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -672,18 +646,18 @@ def usable_cores() -> int:
 
 
 def start_ranks(args):
-    """On a CPU fork the ranks; join them. Only they return: this process hands signals on, ends with the
-    last of them, and kills the others once one has failed; if it is killed, they are too."""
+    """On a CPU fork the ranks, which alone return. This process hands signals on, ends with the last of
+    them, and kills the others once one has failed; if it is killed, they are too."""
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
-    if args.num_envs // num_ranks * args.num_steps < 2 * args.num_minibatches:
-        fail(f"too few --num-envs or --num-steps for {num_ranks} processes and --num-minibatches")
+    if min(args.num_envs, args.num_eval_envs, args.num_envs * args.num_steps // args.num_minibatches // 2) < num_ranks:
+        fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes")
     if num_ranks > WORLD_SIZE:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
         while len(pids) < num_ranks and 0 not in pids:
-            pids.append(os.fork())  # a rank that imports everything again takes seconds
+            pids.append(os.fork())
         if 0 not in pids:
             on_stop_signal(lambda signum: [os.kill(pid, signum) for pid in pids])
             while pids:
@@ -708,41 +682,48 @@ def all_reduce_sum(tensor):
 
 
 def sum_over_ranks(sums: dict) -> dict:
-    """{name: number or scalar tensor} -> {name: number}. One that is not finite ends the run."""
+    """{name: number or scalar tensor} -> {name: number}; one that is not finite ends the run."""
     values = all_reduce_sum(torch.tensor([*map(float, sums.values())], dtype=torch.float64)).tolist()
     if not np.isfinite(values).all():
-        fail("losses or rewards are no longer finite; go on with a smaller --learning-rate")
+        fail("losses or rewards are no longer finite; lower --learning-rate")
     return dict(zip(sums, values))
 
 
 def average_gradients(parameters):
     if WORLD_SIZE > 1:
         grads = [p.grad for p in parameters]
-        sums = all_reduce_sum(nn.utils.parameters_to_vector(grads))
-        nn.utils.vector_to_parameters(sums / WORLD_SIZE, grads)
+        flat = all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 # ---------------------------------------- files and flags
 
 def on_stop_signal(handle):
-    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's stays ignored."""
+    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, _: handle(signum))
 
 
 def say(text: str):
-    """Rank 0 prints; that nobody can read it any more (| tee and Ctrl-C) is no reason to end."""
+    """Rank 0 prints; that nobody can read it any more (| tee) is no reason to end."""
     with contextlib.suppress(OSError):
         if RANK == 0:
             tqdm.write(text)
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
-    time.sleep(10 if RANK > 0 else 0)  # for rank 0 to say it: the first rank that fails ends all
+    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def write_file(path: Path, data: bytes):
+    """Via a temporary file, so that `path` never holds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def make_run_dir(args, name: str = SCRIPT):
@@ -752,11 +733,11 @@ def make_run_dir(args, name: str = SCRIPT):
     run_dir = Path(args.log_dir, f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}")
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args) | dict(command=shlex.join(sys.argv)), indent=2))
-    return run_dir, SummaryWriter(run_dir)
+    return run_dir, SummaryWriter(run_dir.absolute())
 
 
 def parse_args():
-    """Numbers are finite and not negative, counts at least 1 (but for two), shares at most 1."""
+    """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
@@ -767,8 +748,8 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to lose
-    torch.set_num_threads(1)  # processes with threads cannot be forked, and slow each other down
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
+    torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args = parse_args()
     task = dict(env_id=args.env_id, control_mode=args.control_mode)
     checkpoint = load_checkpoint(args, task) if args.resume_dir else None

@@ -6,20 +6,15 @@
                                          videos/, checkpoints/global_step_<N>/
 
     python ppo_resnet_reward.py --resume-dir logs/<run of ppo_dense.py>
-    torchrun --nproc-per-node=8 ppo_resnet_reward.py --resume-dir ...
     python ppo_resnet_reward.py --resume-dir ... --done-by resnet
             the ResNet ends episodes too: nothing of the simulator's is used
-    python ppo_resnet_reward.py --resume-dir ... --save-mistakes mistakes
-            frames to train the ResNet on again
-
-The reward is the function `resnet_reward`. The simulator's verdict ends
-episodes (but see --done-by) and audits the ResNet.
+    python ppo_resnet_reward.py --resume-dir ... --save-mistakes
+            frames to train the ResNet on again, into the run's mistakes/
 """
 import atexit
 import contextlib
 import csv
 import ctypes
-import fcntl
 import functools
 import io
 import json
@@ -64,32 +59,32 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
-    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs (if there is a GPU, it draws)
+    sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
     log_dir: str = "logs"  # parent of the runs' folders
-    resume_dir: tuple[str, ...] = ()  # runs or checkpoints: the newest goes on, or lends its agent
+    resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
-    num_envs: int = 256 if GPU else 64  # parallel scenes of all processes together
+    num_envs: int = 256 if GPU else 64  # parallel scenes of all processes
     num_steps: int = 50  # of every scene in one rollout
-    num_iterations: int = 1000 if GPU else 100  # global steps: a rollout and its update
+    num_iterations: int = 1000 if GPU else 100  # global steps: rollout, update
     num_minibatches: int = 32 if GPU else 8  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 2.5e-4  # Adam's step size, at first
     logstd_learning_rate: float = 2.5e-3  # that of the policy's noise: what stage 3 lacks is a steady hand
     anneal_lr: bool = not GPU  # lower the step sizes in proportion to what is left of the run
     gamma: Share = 0.95  # discount factor per step; the reward comes at the end (0.99 for --done-by time)
-    gae_lambda: Share = 0.95  # of generalised advantage estimation (arXiv:1506.02438)
+    gae_lambda: Share = 0.95  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.3  # PPO's clipping range (arXiv:1707.06347)
     target_kl: float = 0.1  # nats of an epoch, after which only the critic goes on
-    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square: no idle turning
+    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
-    num_eval_envs: int = 128  # evaluation episodes of all processes together
+    num_eval_envs: int = 128  # evaluation episodes of all processes
     save_interval: int = 20  # global steps between checkpoints
     capture_video: bool = True  # film the first evaluation scenes, into videos/
 
     reward_checkpoint: str = "reward_checkpoints/best_model.pt"  # the reward model of stage 2
-    reward_mode: Literal["replace", "add"] = "replace"  # in place of the environment's reward, or added to it
+    reward_mode: Literal["replace", "add"] = "replace"  # of the environment's dense one, or added to it
     alpha: float = 1.0  # factor of the ResNet's reward
     threshold: Share = 0.85  # probability above which a frame counts as done and earns the reward
     use_soft_reward: bool = False  # the reward is the probability itself
@@ -97,13 +92,13 @@ class Args:
     critic_warmup: int = 5  # global steps at first that train the critic alone: it expects another reward
     done_by: Literal["simulator", "resnet", "time"] = "simulator"  # who ends episodes early
     score_every: int = 1 if GPU else 5  # steps between two frames that --done-by resnet looks at
-    oracle: bool = False  # control experiment: the simulator's success takes the place of the ResNet's verdict
-    save_mistakes: str = ""  # folder for frames that the ResNet got wrong, laid out as stage 1's
+    oracle: bool = False  # control experiment: the simulator's success in place of the ResNet's verdict
+    save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/, laid out as stage 1's
 
 
 class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to
-    the goal, are there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
+    the goal, make the first one exact by being learned too (stage 2, --to-goal-weight)."""
 
     def __init__(self, arch: str, input_size: int):
         super().__init__()
@@ -112,11 +107,10 @@ class RewardModel(nn.Module):
         self.input_size = input_size
         self.resnet = torchvision.models.get_model(arch)
         self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
-        features = self.resnet.fc.in_features * 4 * 4
-        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 4))
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1) * 255  # ImageNet's
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.resnet.fc = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(self.resnet.fc.in_features * 4 * 4, 256), nn.ReLU(), nn.Linear(256, 4))
+        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)  # ImageNet's
+        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
 
     def scale(self, frames):
         """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
@@ -136,12 +130,9 @@ class RewardModel(nn.Module):
 
 
 def resnet_reward(reward_model, envs, env_reward, success, scored, args):
-    """The reward of stage 4: look at the scenes `scored` and pay for those that look done.
+    """The reward of stage 4: look at the scenes `scored` (K,) and pay for those that look done.
 
-    Args:
-        env_reward: (N,) float32, the environment's own, which only --reward-mode add uses.
-        success: (N,) bool, the simulator's verdict, which only --oracle uses.
-        scored: (K,) int64, indices of scenes; the others are paid nothing.
+    `env_reward` (N,) float32 is used by --reward-mode add alone, `success` (N,) bool by --oracle.
 
     Returns:
         reward (N,) float32; probs (K,) float32 that the task is done; frames (K, H, W, 3) uint8 or None.
@@ -154,22 +145,19 @@ def resnet_reward(reward_model, envs, env_reward, success, scored, args):
 
 
 class Audit:
-    """The simulator's verdict on the ResNet's: counts, and the frames that the ResNet got wrong."""
-
+    """What the simulator says of the ResNet's verdicts: counts, and the frames that it got wrong."""
     COUNTS = ("true_positives", "false_positives", "false_negatives", "true_negatives")
 
     def __init__(self, args: Args, contract: dict, num_envs: int, device):
-        self.args, self.env_id, self.latest, self.folder = args, contract["env_id"], deque(maxlen=24), None
+        self.args, self.contract, self.rows, self.latest, self.new = args, contract, [], deque(maxlen=24), []
         self.wrong_before = torch.zeros(num_envs, dtype=torch.bool, device=device)  # in this episode
-        if args.save_mistakes:
-            self.folder = FrameFolder(args.save_mistakes, contract, dict.fromkeys(LABELS, 5000), args.seed)
 
     def update(self, sums: dict, called_done, success, scored, frames, obs, info, done, *when, **counters):
-        """Count the verdicts `called_done` (K,) on the scenes `scored` into `sums`; file wrong frames."""
-        truth, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # there: ends only
-        for name, which in zip(self.COUNTS, (called_done & truth, called_done & ~truth,
-                                             ~called_done & truth, ~called_done & ~truth)):
-            sums[name] += (which & counted).sum()
+        """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
+        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # there: ends only
+        verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
+        for name, verdict in zip(self.COUNTS, verdicts):
+            sums[name] += (verdict & counted).sum()
         # One an episode: the next ones look the same. Not those with the cube at the goal and the robot still
         # moving, which a picture cannot tell from success: as failures they would teach against success
         success, at_goal = info["success"][scored], info.get("is_obj_placed", info["success"])[scored]
@@ -177,17 +165,27 @@ class Audit:
         wrong = wrong.nonzero().squeeze(-1)
         if len(wrong) and frames is not None:
             self.wrong_before[scored[wrong]] = True
+            rows = frame_rows(scored[wrong], obs, info, done, self.contract["env_id"], *when, **counters)
+            self.new += zip(rows, map(to_png, frames[wrong].cpu()))
             self.latest.extend(frames[wrong].cpu().numpy())
-            if self.folder:
-                rows = frame_rows(scored[wrong], obs, info, done, self.env_id, *when, **counters)
-                self.folder.add(frames[wrong], rows)
         self.wrong_before &= ~done
+
+    def file(self, folder: Path):
+        """Collective: rank 0 writes the new wrong frames, laid out as stage 1's."""
+        gathered, self.new = gather(self.new), []
+        for row, png in [frame for frames in gathered for frame in frames] if RANK == 0 else []:
+            (folder / row["label"]).mkdir(parents=True, exist_ok=True)
+            self.rows.append(row | dict(file=f"{row['label']}/{len(self.rows) + 1:04d}.png"))
+            write_file(folder / self.rows[-1]["file"], png)
+        if self.rows:
+            write_file(folder / "metadata.json", json.dumps(self.contract, indent=2).encode())
+            write_index(folder, self.rows)
 
     def scalars(self, sums: dict) -> dict:
         tp, fp, fn, tn = (sums[name] for name in self.COUNTS)
         ratios = dict(accuracy=(tp + tn, fp + fn), precision=(tp, fp), recall=(tp, fn), false_positive_rate=(fp, tn))
-        return {f"reward_model/{name}": a / (a + b) for name, (a, b) in ratios.items() if a + b} | {
-            "reward_model/scored_frames": tp + fp + fn + tn}
+        scalars = {f"reward_model/{name}": a / (a + b) for name, (a, b) in ratios.items() if a + b}
+        return scalars | {"reward_model/scored_frames": tp + fp + fn + tn}
 
 
 def layer_init(layer, std=2**0.5):
@@ -287,8 +285,7 @@ def ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, ar
             nn.utils.clip_grad_norm_(trained, 0.5)
             optimizer.step()
         if train_policy:
-            kl = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE
-            train_policy = kl <= args.target_kl
+            train_policy = all_reduce_sum(torch.stack(epoch_kl).mean()).item() / WORLD_SIZE <= args.target_kl
     return {name: torch.stack(values).mean() for name, values in losses.items()}
 
 
@@ -299,10 +296,10 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     device = DEVICE if args.sim_backend == "physx_cuda" else torch.device("cpu")
 
     # Agent
-    film = args.capture_video and RANK == 0
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film and FILM_CAMERA)
+    film = FILM_CAMERA if args.capture_video and RANK == 0 else None
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
-    torch.manual_seed(args.seed)  # every rank begins with the same agent
+    torch.manual_seed(args.seed)  # the same for every rank
     agent = Agent(obs_dim, action_dim).to(device)
     logstd, *others = agent.parameters()  # a module's own come first
     optimizer = torch.optim.Adam([dict(params=[logstd]), dict(params=others)], eps=1e-5, fused=True)
@@ -312,9 +309,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
     for p in [] if continued else agent.critic.parameters():  # the critic learns another reward
         optimizer.state.pop(p, None)
-
-    # The run's folder
-    run_dir, writer = make_run_dir(args, SCRIPT + "-evaluate" * args.evaluate)
+    run_dir, writer = make_run_dir(args, f"{SCRIPT}-evaluate" if args.evaluate else SCRIPT)
     if args.evaluate:
         return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
@@ -333,8 +328,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
     dones, terminal = torch.zeros((2, args.num_steps, num_envs), dtype=torch.bool, device=device)
     episode_id = RANK * num_envs + torch.arange(num_envs, device=device)
-    episode_id += audit.folder.first_episode if audit.folder else 0
-    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of those under way
+    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_once = torch.zeros(num_envs, dtype=torch.bool, device=device)
     episode_return = torch.zeros(num_envs, device=device)
 
@@ -371,8 +365,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             if args.reward_mode == "replace":  # an end that is paid is one, else it would pay twice
                 terminal[step] = done & ((reward > 0) | (args.done_by == "time"))
 
-            audit.update(sums, called_done, success, scored, frames, current_obs, info, done, global_step, env_steps,
-                         episode=episode_id, step=episode_len)
+            audit.update(sums, called_done, success, scored, frames, current_obs, info, done,
+                         global_step, env_steps, episode=episode_id, step=episode_len)
             episode_once |= success
             episode_return += reward
             done_idx = done.nonzero().squeeze(-1)
@@ -386,8 +380,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
                 episode_len[done_idx] = 0
                 episode_once[done_idx] = False
                 episode_return[done_idx] = 0.0
-        if audit.folder:
-            audit.folder.file()
+        if args.save_mistakes:
+            audit.file(run_dir and run_dir / "mistakes")
 
         # Update
         with torch.no_grad():
@@ -418,65 +412,58 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         if last or global_step % args.eval_freq == 0:
             log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
             if RANK == 0 and audit.latest:
-                writer.add_images("reward_model/latest_mistakes", np.stack(audit.latest), global_step, dataformats="NHWC")
+                writer.add_images("reward_model/mistakes", np.stack(audit.latest), global_step, dataformats="NHWC")
 
     bar.close()
     say(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s: "
         f"{run_dir}/checkpoints/global_step_{global_step}")
-    if audit.folder:
-        say(f"{args.save_mistakes}: {sum(audit.folder.counts.values())} mistakes")
     if stopping:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
 
 
-# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+# ==== From here on: machinery. The same text in every script.
 
 # ---------------------------------------- scenes
 
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
-    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our camera.
-
-    `camera`: dict(views={name: dict(pose, fov)}, width, height, shader_pack, meshes, show_goal_site).
-    Views stand side by side; one with `mount` moves with the task's object of that name.
-    """
+    """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
+    dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
+    with `mount` moves with the task's object of that name."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
-        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width),
-                             camera["height"], view["fov"], shader_pack=camera["shader_pack"],
-                             mount=getattr(env, view.get("mount", ""), None))
+        return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
+                             view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
-    batched, render_backend = sim_backend == "physx_cpu" and not camera, f"sapien_{DEVICE}" if camera else "none"
-    setup_scene = batch_scenes if batched else BaseEnv._setup_scene
+    many = sim_backend == "physx_cpu" and not camera
     try:
-        cls = REGISTERED_ENVS[task["env_id"]].cls
+        cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
-              patch.object(BaseEnv, "_setup_scene", setup_scene),
+              patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),  # may have one scene only
-              patch("sys.stdin", io.StringIO())):  # it asks whether to download what a task needs
+              patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
             env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
                            obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
-                           sim_backend=sim_backend, render_backend=render_backend)
+                           sim_backend=sim_backend, render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({str(error)[:150]})")
+        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({error})"[:300])
     except EOFError:
         fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
     except RuntimeError as error:
-        fail(f"no Vulkan device ({error}); on a CPU: bash tests/install_cpu_renderer.sh")
+        fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
         use_light_meshes(env.unwrapped)
     return env
 
 
 def use_light_meshes(env):
-    """Join vertices of the robot, but for its hand, on a grid of 12 mm, of the ground on one of 40 m:
-    12,000 triangles look nearly like the 155,000 that are most of a frame's time on a CPU."""
+    """Join vertices on a grid: 12,000 triangles look nearly like the 155,000 that take a CPU so long."""
     cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
-             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres
     cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
     for entity, cell in cells.items():
         heavy = entity.find_component_by_type(sapien.render.RenderBodyComponent)
@@ -490,8 +477,7 @@ def use_light_meshes(env):
                 triangles = triangles[(triangles != np.roll(triangles, 1, axis=1)).all(1)]
                 if len(triangles):
                     normals, uvs = part.get_vertex_normal()[first], part.get_vertex_uv()[first]
-                    mesh = sapien.render.RenderShapeTriangleMesh(
-                        corners[first], triangles, normals, uvs, part.material)
+                    mesh = sapien.render.RenderShapeTriangleMesh(corners[first], triangles, normals, uvs, part.material)
                     mesh.local_pose = shape.local_pose
                     light.attach(mesh)
             if not is_mesh:
@@ -502,8 +488,8 @@ def use_light_meshes(env):
 
 
 class PhysxTable:
-    """A table of PhysX on a GPU, a row an object, for objects on a CPU. `table[rows, columns]` reads rows
-    whose scenes have changed, by `get`; what is assigned is written, by `set`. No `get`: only we change it."""
+    """A table of PhysX on a GPU, a row an object, for objects on a CPU: `table[rows, columns]` gets rows whose
+    scenes have changed; what is assigned is set. Without `get` only we change it."""
 
     def __init__(self, px, objects: list, scenes: list, columns: int, set, get=None):
         self.px, self.objects, self.scenes, self.set, self.get = px, objects, np.array(scenes, int), set, get
@@ -541,29 +527,24 @@ class PhysxTable:
             self.read[rows] = self.px.version[self.scenes[rows]]
 
 
-def batch_scenes(env):
-    """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
-    from mani_skill.envs.scene import ManiSkillScene
-
-    env._set_scene_config()
-    scenes = [sapien.Scene([sapien.physx.PhysxCpuSystem()]) for _ in range(env.num_envs)]
-    env.scene = ManiSkillScene(scenes, sim_config=env.sim_config, device=env.device, backend=env.backend)
-    env.scene.px, env.scene.gpu_sim_enabled = PhysxCpuScenes(env.scene, 1 / env._sim_freq), True
-
-
 class PhysxCpuScenes:
-    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: ManiSkill's
-    code for GPUs, from controllers to rewards, computes all at once, and only physics is stepped scene by
-    scene. tests/test_env.py compares every number with stock scenes."""
+    """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: all but
+    physics is ManiSkill's batched code. tests/test_env.py compares every number with stock scenes."""
     __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
 
-    def __init__(self, scene, timestep: float):
-        self.scene, self.timestep, self.pending_steps = scene, timestep, 0
-        self.systems = [sub_scene.physx_system for sub_scene in scene.sub_scenes]
-        self.version = np.zeros(len(self.systems), int)  # counts a scene's changes
-        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
+    def __init__(self, env):
+        """Takes the place of BaseEnv._setup_scene, which on a CPU makes one scene."""
+        from mani_skill.envs.scene import ManiSkillScene
+
+        env._set_scene_config()
+        self.systems = [sapien.physx.PhysxCpuSystem() for _ in range(env.num_envs)]
+        env.scene = self.scene = ManiSkillScene([sapien.Scene([px]) for px in self.systems], env.sim_config,
+                                                device=env.device, backend=env.backend)
+        env.scene.px, env.scene.gpu_sim_enabled, self.timestep = self, True, 1 / env._sim_freq
         for px in self.systems:
-            px.timestep = timestep
+            px.timestep = self.timestep
+        self.pending_steps, self.version = 0, np.zeros(env.num_envs, int)  # version counts changes
+        self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
 
     def __getattr__(self, name):
         if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # tables do it when used
@@ -608,15 +589,15 @@ class PhysxCpuScenes:
         def set_targets(name):
             return lambda art, row: [getattr(joint, name)(x) for joint, x in zip(joints[art], row.tolist())]
 
-        actors = [*self.scene.actors.values(), *self.scene.actor_views.values()]
-        links = [link for art in self.scene.articulations.values() for link in art.links]
-        bodies = give_rows([actor for actor in actors if actor.px_body_type != "static"] + links,
-                           "_body_data_index_internal", "_bodies")
-        structs = [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        scene, structs = self.scene, [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
+        actors = [*scene.actors.values(), *scene.actor_views.values()]
+        actors = [actor for actor in actors if actor.px_body_type != "static"]
+        links = [link for art in scene.articulations.values() for link in art.links]
+        bodies = give_rows(actors + links, "_body_data_index_internal", "_bodies")
         arts = give_rows(structs, "_data_index", "_objs")
-        for struct in structs:
-            for joint in struct.joints or ():
-                joint._data_index = struct._data_index
+        for art in structs:
+            for joint in art.joints or ():
+                joint._data_index = art._data_index
         joints = {art: art.active_joints for art in arts[0]}
         dof = max((art.dof for art in joints), default=0)
         self.cuda_rigid_body_data = PhysxTable(self, *bodies, 13, set_body, get_body)
@@ -647,12 +628,12 @@ class PhysxCpuScenes:
 
 
 class ManiSkillEnvs(gym.Wrapper):
-    """`num_envs` scenes of a task in one process; the training loop cannot tell a GPU from a CPU.
+    """`num_envs` scenes of a task in one process; training cannot tell a GPU from a CPU.
 
-        obs, info = envs.reset(seed=...)                              # (N, obs_dim) float32
+        obs, info = envs.reset(seed=...)  # (N, obs_dim) float32
         obs, reward, terminated, truncated, info = envs.step(action)  # (N, ...); nothing is reset
-        obs, info = envs.reset(options=dict(env_idx=indices))         # only these scenes begin anew
-        frames = envs.render_frames(indices)                          # (K, H, W, 3) uint8
+        obs, info = envs.reset(options=dict(env_idx=indices))  # only these scenes begin anew
+        frames = envs.render_frames(indices)  # (K, H, W, 3) uint8
 
     `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
     """
@@ -665,24 +646,19 @@ class ManiSkillEnvs(gym.Wrapper):
         if not isinstance(self.single_action_space, gym.spaces.Box):
             fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions, not a vector")
         self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        controller, reset_all = self.agent.controller, self.agent.controller.reset
-
-        def reset_some():  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
-            with patch.object(self.scene, "_reset_mask", self.resetting):
-                reset_all()
-
-        controller.reset = reset_some
+        controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
+        controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
         for part in getattr(controller, "controllers", {}).values():
             if hasattr(part, "kinematics") and not on_gpu:
                 part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
         try:  # what training will do
             self.reset(seed=0)
-            _, _, _, _, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
+            *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             fail(f"{' with '.join(task.values())} cannot be simulated as many scenes ({str(error)[:100]!r})")
         if "success" not in info or not self.max_episode_steps:
-            fail(f"{task['env_id']} reports no success or has no time limit; choose another task")
+            fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
             if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
@@ -697,13 +673,11 @@ class ManiSkillEnvs(gym.Wrapper):
         return getattr(self.unwrapped, name)
 
     def reset(self, seed: Optional[int] = None, options: Optional[dict] = None):
-        """New episodes in the scenes `options["env_idx"]` (default: all)."""
         idx = options["env_idx"] if options else torch.arange(self.num_envs, device=self.device)
         self.resetting.fill_(False)[idx] = True
         return self.env.reset(seed=seed, options=dict(env_idx=idx))
 
     def render_frames(self, env_idx):
-        """Photograph the scenes `env_idx` (K,): (K, height, width, 3) uint8."""
         from mani_skill.utils import tree
 
         if self.studio is self:
@@ -715,22 +689,22 @@ class ManiSkillEnvs(gym.Wrapper):
         return torch.cat(frames)
 
 
-# ---------------------------------------- frames
+# ---------------------------------------- rows
 
 LABELS = ("success", "failure")
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
+# Of index.csv: `step` counts from 1 in an episode; distance and vector from cube to goal in metres (PickCube)
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
            "is_obj_placed", "is_robot_static", "is_grasped")
-"""of index.csv: `step` counts from 1 in each episode, `cube_to_goal` is the distance and `to_goal_...` the
-vector from the cube to the goal in metres (PickCube only), flags are 0 or 1"""
 
 
 def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
     """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters: `episode`, `step`, (N,) int64."""
-    columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done)
-    table = torch.stack([values[idx].long() for values in (info["success"], *columns.values())], 1).tolist()
-    rows = [dict(zip(columns, row), label=LABELS[not success], global_step=global_step, env_steps=env_steps)
-            for success, *row in table]
+    columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done, label=info["success"])
+    table = torch.stack([values[idx].long() for values in columns.values()], 1).tolist()
+    rows = [dict(zip(columns, row), global_step=global_step, env_steps=env_steps) for row in table]
+    for row in rows:
+        row["label"] = LABELS[not row["label"]]
     if env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
         to_goal = obs[idx, -3:].double()
         to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
@@ -739,100 +713,16 @@ def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: i
     return rows
 
 
-class FrameFolder:
-    """success/0001.png ..., failure/..., index.csv and metadata.json: any rank adds frames, rank 0 writes.
+def to_png(frame) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(frame.numpy()).save(png, "PNG", compress_level=1)
+    return png.getvalue()
 
-    PNGs are written first, then the table, then replaced frames are removed: a crash leaves at most a frame
-    without a row. Such a frame, or one that a person put there, stays and counts: its folder is its label.
 
-    `targets`: frames of each label; more successes are dropped, more failures replace random old ones.
-    """
-
-    def __init__(self, path: str, contract: dict, targets: dict, seed: int):
-        self.dir, self.targets, self.pending, self.left_out = Path(path), targets, [], 0
-        self.rows, self.others, self.numbers = {}, {}, {}  # rank 0: of each label
-        if RANK == 0:
-            self._open(contract)
-        self.rng = np.random.default_rng([seed, *self._share_counts().values()])
-
-    def _open(self, contract: dict):
-        for label in LABELS:
-            (self.dir / label).mkdir(parents=True, exist_ok=True)
-        self.lock, metadata, index = os.open(self.dir, os.O_RDONLY), self.dir / "metadata.json", self.dir / "index.csv"
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            known = json.loads(metadata.read_text()) if metadata.exists() else contract
-            differing = differences(known, contract)
-            rows = list(csv.DictReader(io.StringIO(index.read_text()))) if index.exists() else []
-            rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in rows}
-        except BlockingIOError:
-            fail(f"another run writes into {self.dir}; choose another folder")
-        except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-            fail(f"{metadata} or {index} is damaged ({error}); choose another folder")
-        if differing or not metadata.exists() and any(self.dir.glob("*/*.png")):
-            fail(f"{self.dir} holds frames made differently; choose another folder, or match: "
-                 f"{differing or 'there is no metadata.json'}")
-        write_file(metadata, json.dumps(contract, indent=2).encode())
-        for leftover in self.dir.glob("*/*.tmp"):
-            leftover.unlink()
-        for label in LABELS:
-            files = [f"{label}/{file.name}" for file in (self.dir / label).iterdir()]
-            self.rows[label] = [rows[file] for file in files if file in rows]
-            self.others[label] = len(files) - len(self.rows[label])
-            self.numbers[label] = max([int(n) for file in files for n in re.findall(r"\d+", file)], default=0)
-        self._write_index()
-
-    def _write_index(self):
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for label in LABELS for row in self.rows[label])
-        write_file(self.dir / "index.csv", table.getvalue().encode())
-
-    def _share_counts(self) -> dict:
-        """Collective: how many frames there are of each label, and a number for the next episode."""
-        counts = {label: len(self.rows[label]) + self.others[label] for label in self.rows}
-        episodes = [row["episode"] for rows in self.rows.values() for row in rows]
-        self.counts, self.first_episode = gather((counts, max(episodes, default=-1) + 1))[0]
-        return self.counts
-
-    def add(self, frames, rows: list):
-        """Keep (K, H, W, 3) uint8 frames for the next file()."""
-        for frame, row in zip(frames.cpu().numpy(), rows):
-            png = io.BytesIO()
-            Image.fromarray(frame).save(png, "PNG", compress_level=1)
-            self.pending.append((row, png.getvalue()))
-
-    def file(self):
-        """Collective: rank 0 writes everybody's new frames, and all learn how many there are."""
-        gathered, self.pending, replaced = gather(self.pending), [], []
-        for row, png in [frame for frames in gathered for frame in frames] if RANK == 0 else []:
-            label, rows = row["label"], self.rows[row["label"]]
-            if len(rows) + self.others[label] >= self.targets[label]:
-                self.left_out += 1
-                if label == "success" or not rows:
-                    continue
-                replaced.append(rows.pop(self.rng.integers(len(rows))))
-            self.numbers[label] += 1
-            rows.append(row | dict(file=f"{label}/{self.numbers[label]:04d}.png"))
-            write_file(self.dir / rows[-1]["file"], png)
-        if RANK == 0:
-            self._write_index()
-        for row in replaced:
-            (self.dir / row["file"]).unlink()
-        self._share_counts()
-
-    def preview(self, columns: int = 8, rows: int = 3, size: int = 168):
-        """Rank 0: random frames, successes on green, failures on red: (H, W, 3) uint8, and preview.png."""
-        sheet, cell = Image.new("RGB", (columns * (size + 4), 2 * rows * (size + 4))), size + 4
-        for c, (label, color) in enumerate(zip(LABELS, ("#2a2", "#c33"))):
-            sheet.paste(color, (0, c * rows * cell, sheet.width, (c + 1) * rows * cell))
-            for k, row in enumerate(self.rng.permutation(self.rows[label])[:columns * rows]):
-                with Image.open(self.dir / row["file"]) as frame:
-                    picture = frame.resize((size, size))
-                sheet.paste(picture, (k % columns * cell + 2, (c * rows + k // columns) * cell + 2))
-        sheet.save(self.dir / "preview.png")
-        return np.asarray(sheet)
+def write_index(folder: Path, rows: list):
+    table = io.StringIO()
+    csv.DictWriter(table, COLUMNS, lineterminator="\n").writerows([dict(zip(COLUMNS, COLUMNS)), *rows])
+    write_file(folder / "index.csv", table.getvalue().encode())
 
 
 def gather(value) -> list:
@@ -841,22 +731,6 @@ def gather(value) -> list:
     if WORLD_SIZE > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-# ---------------------------------------- contract
-
-def differences(theirs: dict, ours: dict) -> str:
-    """What two contracts disagree on, but for the version of ManiSkill; a contract is flat."""
-    keys = sorted({*theirs, *ours} - {"mani_skill_version"})
-    return "; ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in keys
-                     if theirs.get(key) != ours.get(key))
-
-
-def write_file(path: Path, data: bytes):
-    """Via a temporary file, so that `path` never holds half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 # ---------------------------------------- reward model
@@ -887,13 +761,13 @@ def load_reward_model(path: str, device):
 # ---------------------------------------- runs and ranks
 
 FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
-FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, shader_pack="minimal", meshes="light", show_goal_site=True)
+FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
 
 
 @torch.no_grad()
 def evaluate(agent, envs):
-    """One episode a scene with the deterministic policy, on seeds that never change. Returns means over the
-    ranks (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
+    """One episode a scene with the deterministic policy, always the same ones. Returns means over the ranks
+    (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
     obs, _ = envs.reset(seed=1_000_000 + RANK)
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
@@ -930,7 +804,7 @@ def log_evaluation(agent, envs, run_dir, writer, global_step: int, env_steps: in
                 imageio.mimwrite(path, film, fps=20, macro_block_size=1)
                 text += f", {path}"
         except Exception as error:  # whatever ffmpeg has: no film is no reason to end
-            say(f"{SCRIPT}: warning: no film ({str(error)[:200]})")
+            say(f"warning: no film ({str(error)[:200]})")
         say(f"global step {global_step}, {env_steps:,} env steps: {text}")
     return metrics["success_once"]
 
@@ -954,8 +828,7 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
         torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
                         agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoint.tmp").write_bytes(buffer.getbuffer())
-        (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")  # which is never half a file
+        write_file(folder / "checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
@@ -968,14 +841,13 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
         if not all(weight.isfinite().all() for weight in checkpoint["agent"].values()):
             raise ValueError(f"{file} has weights that are not finite")
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+    except Exception as error:  # torch.load raises many kinds
         fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
     say(f"from {file}")
     return checkpoint
 
 
 def usable_cores() -> int:
-    """This process's affinity, at most what its container's quota (cgroup v2) amounts to."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError, ValueError):  # no such file; "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -984,18 +856,18 @@ def usable_cores() -> int:
 
 
 def start_ranks(args):
-    """On a CPU fork the ranks; join them. Only they return: this process hands signals on, ends with the
-    last of them, and kills the others once one has failed; if it is killed, they are too."""
+    """On a CPU fork the ranks, which alone return. This process hands signals on, ends with the last of
+    them, and kills the others once one has failed; if it is killed, they are too."""
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
-    if args.num_envs // num_ranks * args.num_steps < 2 * args.num_minibatches:
-        fail(f"too few --num-envs or --num-steps for {num_ranks} processes and --num-minibatches")
+    if min(args.num_envs, args.num_eval_envs, args.num_envs * args.num_steps // args.num_minibatches // 2) < num_ranks:
+        fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes")
     if num_ranks > WORLD_SIZE:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
         while len(pids) < num_ranks and 0 not in pids:
-            pids.append(os.fork())  # a rank that imports everything again takes seconds
+            pids.append(os.fork())
         if 0 not in pids:
             on_stop_signal(lambda signum: [os.kill(pid, signum) for pid in pids])
             while pids:
@@ -1020,41 +892,48 @@ def all_reduce_sum(tensor):
 
 
 def sum_over_ranks(sums: dict) -> dict:
-    """{name: number or scalar tensor} -> {name: number}. One that is not finite ends the run."""
+    """{name: number or scalar tensor} -> {name: number}; one that is not finite ends the run."""
     values = all_reduce_sum(torch.tensor([*map(float, sums.values())], dtype=torch.float64)).tolist()
     if not np.isfinite(values).all():
-        fail("losses or rewards are no longer finite; go on with a smaller --learning-rate")
+        fail("losses or rewards are no longer finite; lower --learning-rate")
     return dict(zip(sums, values))
 
 
 def average_gradients(parameters):
     if WORLD_SIZE > 1:
         grads = [p.grad for p in parameters]
-        sums = all_reduce_sum(nn.utils.parameters_to_vector(grads))
-        nn.utils.vector_to_parameters(sums / WORLD_SIZE, grads)
+        flat = all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 # ---------------------------------------- files and flags
 
 def on_stop_signal(handle):
-    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's stays ignored."""
+    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, _: handle(signum))
 
 
 def say(text: str):
-    """Rank 0 prints; that nobody can read it any more (| tee and Ctrl-C) is no reason to end."""
+    """Rank 0 prints; that nobody can read it any more (| tee) is no reason to end."""
     with contextlib.suppress(OSError):
         if RANK == 0:
             tqdm.write(text)
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
-    time.sleep(10 if RANK > 0 else 0)  # for rank 0 to say it: the first rank that fails ends all
+    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def write_file(path: Path, data: bytes):
+    """Via a temporary file, so that `path` never holds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def make_run_dir(args, name: str = SCRIPT):
@@ -1064,11 +943,11 @@ def make_run_dir(args, name: str = SCRIPT):
     run_dir = Path(args.log_dir, f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}")
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args) | dict(command=shlex.join(sys.argv)), indent=2))
-    return run_dir, SummaryWriter(run_dir)
+    return run_dir, SummaryWriter(run_dir.absolute())
 
 
 def parse_args():
-    """Numbers are finite and not negative, counts at least 1 (but for two), shares at most 1."""
+    """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
@@ -1079,22 +958,19 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to lose
-    torch.set_num_threads(1)  # processes with threads cannot be forked, and slow each other down
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
+    torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args, reward_model, contract = parse_args(), None, None
-    if args.oracle or args.evaluate:  # no reward model: the policy says of what task it is
-        checkpoint = load_checkpoint(args)
-        task = checkpoint["task"]
-    else:
+    if not args.oracle and not args.evaluate:
         reward_model, contract = load_reward_model(args.reward_checkpoint, DEVICE)
         if "env_id" not in contract:
             fail(f"{args.reward_checkpoint} was trained on anyone's pictures, not on frames of a ManiSkill task")
-        task = {key: contract[key] for key in ("env_id", "control_mode")}
-        checkpoint = load_checkpoint(args, task) if args.resume_dir else None
+    task = contract and {key: contract[key] for key in ("env_id", "control_mode")}  # else the policy's own
+    checkpoint = load_checkpoint(args, task) if args.resume_dir or not task else None
     if checkpoint is None:
         say(f"{SCRIPT}: warning: without --resume-dir the policy will hardly ever reach what the ResNet pays for")
     start_ranks(args)
     try:
-        train(args, task, checkpoint, reward_model, contract)
+        train(args, task or checkpoint["task"], checkpoint, reward_model, contract)
     except OSError as error:
         fail(f"{error}; what was written before is whole: mend that, then resume")

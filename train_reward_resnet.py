@@ -1,20 +1,18 @@
 """Stage 2: train a ResNet to say of a frame whether the task is done.
 
     reads   data/success/, data/failure/, data/metadata.json, data/index.csv
-            of ppo_collect.py; or just your own pictures in the two folders:
-            PNG or JPEG, of any size
-    writes  reward_checkpoints/best_model.pt  lowest loss on held-out episodes:
-                                              the reward model of stage 4
+            of ppo_collect.py; or your own PNGs or JPEGs in the two folders
+    writes  reward_checkpoints/best_model.pt  the reward model of stage 4: lowest
+                                              loss on held-out episodes
             reward_checkpoints/last_model.pt  where --resume goes on
             reward_checkpoints/report.json    accuracy, precision, recall, ...
             reward_checkpoints/report.csv     the probability of every frame
             reward_checkpoints/mistakes.png   the worst mistakes
             logs/<timestamp>-train_reward_resnet/  TensorBoard events, args.json
 
-    python train_reward_resnet.py                  # on a GPU if there is one
-    python train_reward_resnet.py --resume         # go on where a run stopped
+    python train_reward_resnet.py            # on a GPU if there is one
+    python train_reward_resnet.py --resume   # go on where a run stopped
     python train_reward_resnet.py --evaluate <model.pt> --data-path more
-            writes report_more.json, report_more.csv and mistakes_more.png
 """
 import contextlib
 import csv
@@ -76,7 +74,7 @@ class Args:
 
 class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to
-    the goal, are there because learning it too makes the first one exact (stage 2, --to-goal-weight)."""
+    the goal, make the first one exact by being learned too (stage 2, --to-goal-weight)."""
 
     def __init__(self, arch: str, input_size: int):
         super().__init__()
@@ -85,11 +83,10 @@ class RewardModel(nn.Module):
         self.input_size = input_size
         self.resnet = torchvision.models.get_model(arch)
         self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
-        features = self.resnet.fc.in_features * 4 * 4
-        self.resnet.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 4))
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1) * 255  # ImageNet's
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.resnet.fc = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(self.resnet.fc.in_features * 4 * 4, 256), nn.ReLU(), nn.Linear(256, 4))
+        self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)  # ImageNet's
+        self.register_buffer("std", 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
 
     def scale(self, frames):
         """(K, H, W, 3) uint8 -> (K, input_size, input_size, 3) uint8."""
@@ -109,10 +106,10 @@ class RewardModel(nn.Module):
 
 
 def augment(frames, cm, args, flip: bool):
-    """Shift whole frames, repeating their edges, change their brightness and contrast, and `flip` half of them
-    left to right, which is the scene mirrored in y: nothing moves the cube relative to the goal.
+    """(B, S, S, 3) uint8 frames, (B, 3) vectors from cube to goal -> float32 in about [0, 255]; vectors.
 
-    (B, S, S, 3) uint8 frames, (B, 3) vectors from cube to goal -> float32 in about [0, 255]; the vectors.
+    Whole frames are shifted, made brighter or darker, and half of them flipped left to right, which is the
+    scene mirrored in y: nothing moves the cube relative to the goal.
     """
     x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(5, len(frames), device=frames.device) * 2 - 1
     side = torch.where((u[4] < 0) & flip, -1.0, 1.0)
@@ -133,17 +130,13 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
     chosen = chosen[:1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * len(labels))]
     held_out = np.isin(episodes, order[chosen])
     if any(len(np.unique(labels[part])) < 2 for part in (held_out, ~held_out)):
-        fail(f"too few frames to split: {labels.sum()} successes and {(~labels).sum()} failures in {len(order)} "
-             f"episodes with --val-split {val_split} leave a class missing on one side; collect more")
+        fail(f"too few frames to split: {labels.sum()} successes, {(~labels).sum()} failures, {len(order)} episodes")
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def frame_weights(labels, final, final_weight: float):
-    """Weights in the loss: (M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32.
-
-    Frames that end an episode weigh `final_weight` times as much as others. Then each class has half of
-    the sum: successes are all ends, failures few, and neither class may outvote the other.
-    """
+    """(M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32 weights in the loss: ends
+    weigh more, then each class has half of the sum, so that neither outvotes the other."""
     weights = np.where(final, final_weight, 1.0)
     successes = weights[labels].sum() / weights.sum()
     return torch.from_numpy(weights * np.where(labels, 0.5 / successes, 0.5 / (1 - successes))).float()
@@ -167,7 +160,8 @@ def train(args: Args, data: dict, contract: dict):
         train_frames = train_frames.to(DEVICE)
     all_labels, final = torch.from_numpy(labels).float(), data["kinds"]["ends an episode"]
     train_labels, val_labels = all_labels[train_idx], all_labels[val_idx]
-    train_weights, val_weights = (frame_weights(labels[idx], final[idx], args.final_weight) for idx in (train_idx, val_idx))
+    train_weights = frame_weights(labels[train_idx], final[train_idx], args.final_weight)
+    val_weights = frame_weights(labels[val_idx], final[val_idx], args.final_weight)
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
     frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
@@ -175,7 +169,8 @@ def train(args: Args, data: dict, contract: dict):
 
     # Where an interrupted training stopped
     state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, frame_losses=frame_losses)
-    fixed = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")} | dict(frames=len(labels))
+    fixed = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")}
+    fixed["frames"] = len(labels)
     if args.resume:
         state = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, state, model, optimizer)
     Path(args.save_dir).mkdir(parents=True, exist_ok=True)
@@ -249,7 +244,7 @@ def train(args: Args, data: dict, contract: dict):
     say(f"{Path(args.save_dir, 'best_model.pt')} is ready{' for stage 4' if 'views' in contract else ''}")
 
 
-# ==== From here on: machinery. The same text in every script; nothing below is needed to follow the algorithm.
+# ==== From here on: machinery. The same text in every script.
 
 # ---------------------------------------- data
 
@@ -263,11 +258,8 @@ def read_data(data_path):
     """What is in the folders of frames, without opening one.
 
     Returns:
-        dict of (M,) arrays: files; labels, True is success; episodes, where a frame without a row in index.csv
-            is one of its own; kinds, {kind: bool}: frames that end an episode, failures with the cube 2.5 to
-            5 cm from the goal, failures with the cube at the goal and the robot still moving, the rest;
-            to_goal, (M, 3) float32 metres from cube to goal, NaN where index.csv does not say;
-        the contract, metadata.json, the same in all folders.
+        (M,) arrays: files, labels (True: success), episodes (a frame without a row in index.csv is its own),
+            to_goal (M, 3) metres from cube to goal (NaN: not known), kinds {kind: bool}; and the contract.
     """
     rows, contracts = [], []
     for folder in map(Path, data_path):
@@ -321,8 +313,7 @@ def read_folder(folder: Path):
 
 
 def views_mirror(views: dict) -> bool:
-    """Whether the views, from left to right, mirror each other in the plane y = 0, so that a frame flipped left
-    to right is a frame of the mirrored scene, and has the same label."""
+    """In the plane y = 0: then a frame flipped left to right is one of the mirrored scene."""
     views = list(views.values())
     poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # position, quaternion wxyz
     mirrored = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
@@ -332,8 +323,8 @@ def views_mirror(views: dict) -> bool:
 
 
 def load_frames(files, contract: dict, model, progress: str):
-    """Decode the pictures once, in parallel: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole,
-    with 8 bits a channel, as large as the contract says; headers are checked before memory is taken."""
+    """Decode the pictures once: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole, with 8
+    bits a channel, as large as the contract says; headers are checked before memory is taken."""
     def decode(numbered):
         k, file = numbered[0], str(numbered[1])
         try:
@@ -345,7 +336,7 @@ def load_frames(files, contract: dict, model, progress: str):
                     return f"{file} does not have 8 bits a channel (Pillow's mode {image.mode})"
                 picture = ImageOps.exif_transpose(image).convert("RGB")  # a telephone may have been held upright
             frames[k] = model.scale(torch.from_numpy(np.array(picture))[None])[0]
-        except (OSError, SyntaxError, ValueError, AttributeError, RecursionError, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever Pillow makes of a damaged file
             return f"{file} is not a whole picture ({str(error)[:80]})"
 
     frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
@@ -360,20 +351,20 @@ def load_frames(files, contract: dict, model, progress: str):
 # ---------------------------------------- reports
 
 def score(probs, labels, kinds: dict, threshold: float) -> dict:
-    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and for each kind of frame; null for 0 / 0."""
+    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and for each kind; null for 0 / 0."""
     def ratio(a, b):
         return float(a.sum() / b.sum()) if b.any() else None
 
     said, right = probs > threshold, (probs > threshold) == labels
     return dict(frames=len(labels), accuracy=ratio(right, labels == labels), precision=ratio(said & labels, said),
                 recall=ratio(said & labels, labels), false_positive_rate=ratio(said & ~labels, ~labels),
-                threshold=threshold, kinds={kind: dict(
+                kinds={kind: dict(
                     frames=int(of.sum()), accuracy=ratio(right & of, of), failures=int((of & ~labels).sum()),
                     false_positive_rate=ratio(said & of & ~labels, of & ~labels)) for kind, of in kinds.items()})
 
 
 def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
-    """The frames that are most wrong, each with its probability: (H, W, 3) uint8. Green frame: a success."""
+    """The frames that are most wrong, with their probability: (H, W, 3) uint8. Green: a success."""
     wrong = np.flatnonzero((probs > threshold) != labels)
     wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
     sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
@@ -388,13 +379,12 @@ def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows
 
 
 def write_report(probs, data, idx, args, name: str = "", **more):
-    """Print how good `probs` are for the frames `idx`; report<name>.json and .csv, mistakes<name>.png."""
+    """Print how good `probs` are for the frames `idx`; write report<name>.json, .csv, mistakes<name>.png."""
     probs, files, labels = probs.cpu().numpy(), data["files"][idx], data["labels"][idx]
     report = score(probs, labels, {kind: of[idx] for kind, of in data["kinds"].items()}, args.threshold)
-    for kind, r in [("all", report), *report["kinds"].items()]:
-        numbers = [f"{k.replace('_', ' ')} {r[k]:.4f}" for k in ("accuracy", "precision", "recall", "false_positive_rate")
-                   if r.get(k) is not None]
-        say(f"  {kind:15} {r['frames']:6} frames: {', '.join(numbers)}")
+    for kind, of in [("all", report), *report["kinds"].items()]:
+        numbers = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in of.items() if isinstance(value, float)]
+        say(f"  {kind:15} {of['frames']:6} frames: {', '.join(numbers)}")
     picture, png, table = draw_mistakes(files, probs, labels, args.threshold), io.BytesIO(), io.StringIO()
     Image.fromarray(picture).save(png, "PNG")
     rows = ((file, LABELS[not label], f"{prob:.6f}") for file, label, prob in zip(files, labels, probs))
@@ -455,13 +445,6 @@ def differences(theirs: dict, ours: dict) -> str:
                      if theirs.get(key) != ours.get(key))
 
 
-def write_file(path: Path, data: bytes):
-    """Via a temporary file, so that `path` never holds half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
 # ---------------------------------------- reward model
 
 @functools.cache
@@ -490,24 +473,31 @@ def load_reward_model(path: str, device):
 # ---------------------------------------- files and flags
 
 def on_stop_signal(handle):
-    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's stays ignored."""
+    """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, _: handle(signum))
 
 
 def say(text: str):
-    """Rank 0 prints; that nobody can read it any more (| tee and Ctrl-C) is no reason to end."""
+    """Rank 0 prints; that nobody can read it any more (| tee) is no reason to end."""
     with contextlib.suppress(OSError):
         if RANK == 0:
             tqdm.write(text)
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, where, and what to do."""
-    time.sleep(10 if RANK > 0 else 0)  # for rank 0 to say it: the first rank that fails ends all
+    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def write_file(path: Path, data: bytes):
+    """Via a temporary file, so that `path` never holds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def make_run_dir(args, name: str = SCRIPT):
@@ -517,11 +507,11 @@ def make_run_dir(args, name: str = SCRIPT):
     run_dir = Path(args.log_dir, f"{datetime.now():%Y%m%d-%H%M%S-%f}-{name}")
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args) | dict(command=shlex.join(sys.argv)), indent=2))
-    return run_dir, SummaryWriter(run_dir)
+    return run_dir, SummaryWriter(run_dir.absolute())
 
 
 def parse_args():
-    """Numbers are finite and not negative, counts at least 1 (but for two), shares at most 1."""
+    """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
@@ -532,7 +522,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to lose
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
     args = parse_args()
     data, contract = read_data(args.data_path)
     try:

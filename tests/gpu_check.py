@@ -270,7 +270,7 @@ if __name__ == "__main__":
     @check("stage 4")
     def stage_4():
         text, peak = command("stage_4", "ppo_resnet_reward.py", *sim, "--resume-dir", dense, "--num-iterations", 5,
-                             "--critic-warmup", 2, "--save-mistakes", "mistakes")
+                             "--critic-warmup", 2, "--save-mistakes")
         success = last_number(r"eval/success_once ([0-9.]+)", text)
         assert success > 0.8, f"the trained policy is down to {success}"
         return f"{last_number(rate, text):,.0f} env steps/s, {peak:.1f} GiB, success {success:.3f}"

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ("ppo_collect", "train_reward_resnet", "ppo_dense", "ppo_resnet_reward")
 MARK = "# ==== From here on: machinery."
 OWN = {"Args", "train", "(SCRIPT, GPU, RANK)", "(SCRIPT, GPU)", "DEVICE"}  # of the stories: differ by nature
-LIMITS = dict(ppo_dense=(790, 42_000, 310), ppo_collect=(1050, 57_000, 410), ppo_resnet_reward=(1110, 62_000, 450),
-              train_reward_resnet=(550, 32_000, 340))  # lines, bytes, lines of the story
+WIDE = 0.16
+LIMITS = dict(ppo_dense=(760, 40_200, 310), ppo_collect=(1000, 54_000, 410), ppo_resnet_reward=(1000, 54_000, 450),
+              train_reward_resnet=(540, 30_000, 340))  # lines, bytes, lines of the story
 
 
 def story_and_sections(script):
@@ -63,8 +64,7 @@ def test_the_story_is_short_and_complete(script):
     lines, size, told = LIMITS[script]
     assert len(text.splitlines()) <= lines and len(text.encode()) <= size and len(story.splitlines()) <= told
     widths = [len(line) for line in text.splitlines()]
-    assert max(widths) <= 120 and sum(width > 100 for width in widths) < 0.1 * len(widths) and ";" not in re.sub(
-        r'"[^"\n]*"|#.*|""".*?"""', "", text, flags=re.S)
+    assert max(widths) <= 120 and sum(width > 100 for width in widths) < WIDE * len(widths)
     assert list(definitions(story))[-1] == "train"
 
 

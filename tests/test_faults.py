@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from run_script import ROOT, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_collect import check_folder, install_policy
+from test_collect import install_policy
 from test_resnet_reward import dense_checkpoint, random_reward_model
 
 KILLS = int(os.environ.get("FAULT_KILLS", 3))
@@ -176,9 +176,9 @@ def test_kill_stage_2(data, tmp_path, seed):
 
 
 def test_kill_stage_4(tmp_path, seed):
-    rng, mistakes = random.Random(seed), tmp_path / "mistakes"
+    rng = random.Random(seed)
     iterations = 10 + 12 * KILLS
-    args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes", mistakes,
+    args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes",
             "--num-iterations", iterations]
     first = dense_checkpoint(tmp_path)
 
@@ -188,13 +188,13 @@ def test_kill_stage_4(tmp_path, seed):
     seen, step = set(), 0
     for _ in kill_and_resume(rng, tmp_path, lambda: start("ppo_resnet_reward", tmp_path, *args, "--resume-dir", first),
                              lambda: start("ppo_resnet_reward", tmp_path, *args, *runs(tmp_path, "ppo_resnet_reward")), begun):
-        now = digests(mistakes, "*/*.png")
+        now = digests(tmp_path, "logs/*/mistakes/*/*.png")
         assert seen <= now, f"a frame was lost (seed {seed})"
         seen, before, step = now, step, newest_step(tmp_path)
         assert step >= before
-        if (mistakes / "index.csv").exists():
-            with open(mistakes / "index.csv") as f:
-                assert all((mistakes / row["file"]).exists() for row in csv.DictReader(f))
+        for index in tmp_path.glob("logs/*/mistakes/index.csv"):
+            with open(index) as f:
+                assert all((index.parent / row["file"]).exists() for row in csv.DictReader(f))
     assert newest_step(tmp_path) == iterations
     check_events(tmp_path, "ppo_resnet_reward", 1, iterations)
 

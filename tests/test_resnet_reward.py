@@ -16,6 +16,7 @@ from test_env import CAMERA, TASK, load_policy, make
 
 import ppo_dense
 import ppo_resnet_reward
+import train_reward_resnet
 from ppo_resnet_reward import Args, RewardModel, resnet_reward
 
 CONTRACT = dict(format_version=3, **TASK, **CAMERA, mani_skill_version=importlib.metadata.version("mani_skill"))
@@ -182,24 +183,26 @@ def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
     monkeypatch.setattr(BaseEnv, "render_rgb_array", lambda *args, **kwargs: pictures.append(1) or render(*args, **kwargs))
     for mode in ("episode_end", "always"):
         pictures.clear()
-        out, _ = run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint",
-                     "model.pt", "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
-                     "--threshold", "1.0", "--reward-render-mode", mode, "--log-dir", mode,
-                     "--save-mistakes", tmp_path / f"mistakes-{mode}")
-        metrics = scalars(next((tmp_path / mode).glob("*-ppo_resnet_reward")))
+        run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint", "model.pt",
+            "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
+                     "--threshold", "1.0", "--reward-render-mode", mode, "--log-dir", mode, "--save-mistakes")
+        run_dir, = (tmp_path / mode).glob("*-ppo_resnet_reward")
+        metrics, mistakes = scalars(run_dir), run_dir / "mistakes"
         scored = sum(metrics["reward_model/scored_frames"].values())
         assert len(pictures) == scored and (scored == 200 if mode == "always" else 8 <= scored < 60)
         assert metrics["env/success_once"].keys() == metrics["reward_model/accuracy"].keys()
 
         # The mistakes are laid out as stage 1's data, one an episode, and stage 2 reads them
-        with open(tmp_path / f"mistakes-{mode}/index.csv") as f:
+        found, contract = train_reward_resnet.read_data([str(mistakes)])
+        assert contract == CONTRACT
+        with open(mistakes / "index.csv") as f:
             rows = list(csv.DictReader(f))
         wrong = sum((1 - metrics["reward_model/accuracy"][step]) * metrics["reward_model/scored_frames"][step]
                     for step in metrics["reward_model/accuracy"])
         assert 0 < len(rows) <= round(wrong) and (mode == "always" or len(rows) == round(wrong))
-        assert f"{len(rows)} mistakes" in out and len({row["episode"] for row in rows}) == len(rows)
+        assert len(found["files"]) == len({row["episode"] for row in rows}) == len(rows)
         for row in rows:
-            with Image.open(tmp_path / f"mistakes-{mode}" / row["file"]) as image:
+            with Image.open(mistakes / row["file"]) as image:
                 assert image.size == (224, 224)
             assert (row["label"] == "success") == (row["is_obj_placed"] == row["is_robot_static"] == "1")
             assert row["is_final"] == "1" or mode == "always"
@@ -209,11 +212,11 @@ def test_ambiguous_frames_are_no_mistakes(tmp_path):
     """A ResNet that always says done ends episodes while the robot still moves: those frames are not filed as failures."""
     model = random_reward_model(tmp_path / "model.pt")
     run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path), "--reward-checkpoint", model, "--threshold",
-        "0.0", "--num-iterations", "1", "--num-envs", "16", "--done-by", "resnet", "--score-every", "20", "--save-mistakes",
-        "mistakes")
-    metrics = scalars(next(tmp_path.glob("logs/*-ppo_resnet_reward")))
+        "0.0", "--num-iterations", "1", "--num-envs", "16", "--done-by", "resnet", "--score-every", "20", "--save-mistakes")
+    run_dir, = run_dirs(tmp_path)
+    metrics = scalars(run_dir)
     ends = metrics["reward_model/scored_frames"][1]
-    with open(tmp_path / "mistakes/index.csv") as f:
+    with open(run_dir / "mistakes/index.csv") as f:
         rows = list(csv.DictReader(f))
     assert 0 < len(rows) == round(ends * (1 - metrics["reward_model/precision"][1])) < ends, "the cube is at the goal or not"
     assert {row["is_obj_placed"] for row in rows} == {"0"}
@@ -328,7 +331,7 @@ def test_a_policy_of_another_task_or_controller(tmp_path, script, flags):
 
 
 def test_stage_4_takes_everything_from_the_reward_model(tmp_path):
-    """Task, camera, size and goal marker of the frames: the very picture that stage 1 would take, and no flag for it."""
+    """Task, camera, size and goal marker of the frames: the picture that stage 1 would take, and no flag for it."""
     data = tmp_path / "data"
     run_script.run("ppo_collect", tmp_path, *SMALL[:-1], "--no-capture-video", "--env-id", "PushCube-v1", "--camera", "workspace",
                    "--image-size", "160", "--no-show-goal-site", "--num-iterations", "1", "--sample-rate-fail", "0.1")
@@ -337,9 +340,10 @@ def test_stage_4_takes_everything_from_the_reward_model(tmp_path):
     torch.save(torch.load(model, weights_only=True) | dict(contract=contract), model)
     run("ppo_dense", tmp_path, "--env-id", "PushCube-v1", "--num-iterations", "1")
     run("ppo_resnet_reward", tmp_path, "--resume-dir", *tmp_path.glob("logs/*-ppo_dense"), "--reward-checkpoint", model,
-        "--num-iterations", "2", "--threshold", "0", "--save-mistakes", "mistakes")
-    assert json.loads((tmp_path / "mistakes/metadata.json").read_text()) == contract
-    with Image.open(next((tmp_path / "mistakes").glob("failure/*.png"))) as mistake, Image.open(
+        "--num-iterations", "2", "--threshold", "0", "--save-mistakes")
+    mistakes = run_dirs(tmp_path)[-1] / "mistakes"
+    assert json.loads((mistakes / "metadata.json").read_text()) == contract
+    with Image.open(next(mistakes.glob("failure/*.png"))) as mistake, Image.open(
             next(data.glob("failure/*.png"))) as frame:
         assert mistake.size == frame.size == (160, 160)
         assert abs(np.asarray(mistake, int) - np.asarray(frame, int)).mean() < 40, "the same views"
