@@ -269,9 +269,9 @@ def read_data(data_path):
         differing = differences(contract, contracts[0])
         if differing:
             fail(f"the frames in {folder} were made differently from those in {data_path[0]}: {differing}")
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]} if rows else {}
-    if len(np.unique(columns.get("labels", []))) < 2:
-        fail(f"{' '.join(data_path)}: no frames of success/ and failure/ there; collect them with ppo_collect.py")
+    if not rows:
+        fail(f"{' '.join(data_path)}: no frames in success/ or failure/; collect them with ppo_collect.py")
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     labels, placed = columns["labels"], columns.pop("placed")
     _, columns["episodes"] = np.unique(columns["episodes"], return_inverse=True)
     near = np.linalg.norm(columns["to_goal"], axis=1) <= 0.05

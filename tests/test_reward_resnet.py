@@ -357,14 +357,14 @@ def broken_index(data):
 
 
 @pytest.mark.parametrize("prepare, says", [
-    (tiny_metadata, "of a strange size"), (one_class, "no frames of success/ and failure/ there"),
+    (tiny_metadata, "of a strange size"), (one_class, "too few frames to split: 0 successes, 64 failures"),
     (too_few, "too few frames to split"), (truncated_png, "failure/0020.png is not a whole picture"),
     (wrong_size, "success/0003.png is 64x64 and metadata.json says 224x224"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"),
     (many_unusable, " files cannot be used: data/success/00"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
     (sixteen_bits, "failure/0007.png does not have 8 bits a channel"),
     (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv, row 2"),
-    (shutil.rmtree, "no frames of success/ and failure/ there"),
+    (shutil.rmtree, "no frames in success/ or failure/"),
 ], ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_folders(data, tmp_path, prepare, says):
     """One line that says what is wrong, exit code 2, no traceback."""
