@@ -3,8 +3,7 @@
     writes  data/success/0001.png ...  224x224 RGB; the folder is the label
             data/failure/0001.png ...
             data/metadata.json  how they were made: stages 2 and 4 take it over
-            data/index.csv      a row a frame: episode, step, cube_to_goal, ...
-            data/preview.png    random frames
+            data/index.csv      a row a frame; data/preview.png shows some
             logs/<timestamp>-ppo_collect/  TensorBoard events, args.json,
                                 videos/, checkpoints/global_step_<N>/
 
@@ -81,44 +80,41 @@ class Args:
     save_interval: int = 20  # global steps between checkpoints
     capture_video: bool = True  # film the first evaluation scenes, into videos/
 
-    target_success: int = 5000  # success frames to collect
-    target_failure: int = 5000  # failure frames: half of them at once, others as successes come
-    sample_rate_success: Share = 1.0  # share saved of the frames in which the task succeeds
+    target_success: int = 5000  # frames
+    target_failure: int = 5000  # frames
+    sample_rate_success: Share = 1.0  # share of the successes that is saved
     sample_rate_fail: Share = 0.01  # of all failure frames
-    sample_rate_fail_final: Share = 0.3  # of the frames that end a failed episode
-    sample_rate_near_miss: Share = 0.05  # of those with the cube 2.5 to 5 cm from the goal (PickCube)
-    save_dir: str = "data"  # folder of the frames; frames already there are kept and counted
-    image_size: int = 224  # side of the square frames in pixels
-    camera: Literal["auto", "goal", "workspace", "task"] = "auto"  # auto: goal if the task has one, else task
-    show_goal_site: bool = True  # show the green goal marker
-    meshes: Literal["light", "stock"] = "stock" if GPU else "light"  # light: a tenth of the triangles
+    sample_rate_fail_final: Share = 0.3  # of frames that end a failed episode
+    sample_rate_near_miss: Share = 0.05  # of the cube 2.5 to 5 cm from the goal (PickCube)
+    save_dir: str = "data"  # folder of the frames; those in it count
+    image_size: int = 224  # side of the frames in pixels
+    camera: Literal["auto", "goal", "workspace", "task"] = "auto"  # auto: goal, else task
+    show_goal_site: bool = True  # show the goal marker
+    meshes: Literal["light", "stock"] = "stock" if GPU else "light"  # light: fewer triangles
 
 
 class FrameCollector:
-    """Chooses frames while the policy trains and photographs them; they are filed once per global step.
-
-    An untrained policy only fails, which teaches little: failures may be ahead of the successes by half of
-    their target. Those beyond are photographed ever less and replace random old ones (reservoir sampling).
-    """
+    """Chooses frames and photographs them. At first a policy only fails: failures may be ahead by half of
+    their target; those beyond are photographed ever less and replace random old ones."""
 
     def __init__(self, args: Args, contract: dict):
         self.args, self.targets = args, dict(success=args.target_success, failure=args.target_failure)
         self.folder = FrameFolder(args.save_dir, contract, dict(self.targets), args.seed)
-        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0  # failures, expected; of this step
-        self.limit_failures()
+        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0  # failures, expected
+        self.file()
 
     def progress(self) -> float:
-        """Share of the targets that is there; 1 ends the run."""
+        """Share of the targets; 1 ends the run."""
         return min(min(self.folder.counts[label] / self.targets[label], 1.0) for label in LABELS)
 
     def photograph(self, envs, obs, info, done, global_step: int, env_steps: int, **counters):
-        """Take the frames of the step just taken that the sampling rates choose, before scenes are reset."""
+        """Take the frames that the rates choose, before finished scenes are reset."""
         args = self.args
         rate = torch.where(done, max(args.sample_rate_fail, args.sample_rate_fail_final), args.sample_rate_fail)
         if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
             near = obs[:, -3:].norm(dim=1) <= 0.05
             rate = torch.where(near, rate.clamp(min=args.sample_rate_near_miss), rate)
-        if "is_obj_placed" in info:  # at the goal, the robot still moving: a picture cannot tell
+        if "is_obj_placed" in info:  # the robot may still move: a picture cannot tell
             rate[info["is_obj_placed"]] = 0.0
         rate[info["success"]] = 0.0
         self.newly_chosen += rate.sum(dtype=torch.float64)
@@ -131,16 +127,11 @@ class FrameCollector:
             self.folder.add(envs.render_frames(idx), rows)
 
     def file(self):
-        """Collective: file everybody's new frames."""
+        """Collective: file the new frames, and find what share of the failures to photograph."""
         self.folder.file()
         self.chosen += sum_over_ranks(dict(chosen=self.newly_chosen))["chosen"]
-        self.newly_chosen = 0.0
-        self.limit_failures()
-
-    def limit_failures(self):
-        """How many failures there may be, and what share of those chosen is photographed."""
-        counts, targets = self.folder.counts, self.targets
-        room = targets["failure"] * min(0.5 + counts["success"] / targets["success"], 1.0)
+        counts, self.newly_chosen = self.folder.counts, 0.0
+        room = self.targets["failure"] * min(0.5 + counts["success"] / self.targets["success"], 1.0)
         self.folder.targets["failure"] = room = max(int(room), 1)
         self.failure_share = 1.0 if counts["failure"] < room else room / max(self.chosen, room)
 
@@ -267,13 +258,12 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     if args.evaluate:
         return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
-    # Scenes: neither another rank, nor seed, nor a run that goes on or adds frames may repeat their episodes
+    # Scenes: no other rank, seed or run that adds frames may repeat their episodes
     contract = make_contract(args, task, eval_envs)
     collector = FrameCollector(args, contract)
     folder = collector.folder
     envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, contract)
-    seed = [args.seed, global_step, folder.first_episode, RANK]
-    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([args.seed, global_step, folder.first_episode, RANK]).generate_state(1)[0])
     torch.manual_seed(seed)
     current_obs, _ = envs.reset(seed=seed)
     # First time-outs are spread over an episode (arXiv:2511.21011): a rollout holds all parts of it
@@ -361,7 +351,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 
 # ==== From here on: machinery. The same text in every script.
 
-# ---------------------------------------- scenes
+# -------------------- scenes
 
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
@@ -582,7 +572,7 @@ class ManiSkillEnvs(gym.Wrapper):
         super().__init__(make_scenes(task, num_envs, backend, camera if on_gpu else None))
         self.max_episode_steps, self.studio = self.env._max_episode_steps, None
         if not isinstance(self.single_action_space, gym.spaces.Box):
-            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions, not a vector")
+            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions")
         self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
         controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
@@ -627,20 +617,19 @@ class ManiSkillEnvs(gym.Wrapper):
         return torch.cat(frames)
 
 
-# ---------------------------------------- cameras
+# -------------------- cameras
 
 def two_views(height: float, fov: float, **more) -> dict:
-    """At right angles: one cannot tell how deep the goal is behind the cube. Metres, quaternion wxyz."""
+    """One cannot tell how deep the goal is. Poses: metres, quaternion wxyz; fov in radians."""
     return {name: dict(more, pose=[0.84853, y * 0.84853, height, 0.38111, y * 0.08364, 0.03465, y * -0.92009], fov=fov)
             for name, y in (("left", 1), ("right", -1))}
 
 
-# Those that are mounted on the goal look from 45 degrees, where fingers hide less of the cube than from the side
 CAMERAS = dict(goal=two_views(0.22, 0.17, mount="goal_site"), workspace=two_views(0.42, 0.46))
 
 
 def make_contract(args, task: dict, envs) -> dict:
-    """What metadata.json says of the frames; stage 2 hands it on to stage 4, which takes such pictures."""
+    """What metadata.json says; stage 2 hands it on to stage 4, which takes such pictures."""
     import mani_skill
     from mani_skill.sensors.camera import parse_camera_configs
 
@@ -654,12 +643,12 @@ def make_contract(args, task: dict, envs) -> dict:
                 meshes=args.meshes, show_goal_site=args.show_goal_site, mani_skill_version=mani_skill.__version__)
 
 
-# ---------------------------------------- frames
+# -------------------- frames
 
 class FrameFolder:
-    """success/0001.png ..., failure/..., index.csv and metadata.json: any rank adds frames, rank 0 writes them.
-    A crash leaves at most frames without a row. These, or what a person put there, stay and count: their folder
-    is their label. `targets`: more successes are dropped, more failures replace random old ones."""
+    """success/0001.png ..., failure/..., index.csv, metadata.json: any rank adds, rank 0 writes. Frames without
+    a row (after a crash, or from a person) stay and count: their folder is their label. Beyond the
+    `targets` successes are dropped, and failures replace random old ones."""
 
     def __init__(self, path: str, contract: dict, targets: dict, seed: int):
         self.dir, self.targets, self.pending = Path(path), targets, []
@@ -681,11 +670,11 @@ class FrameFolder:
             table = csv.DictReader(index.read_text().splitlines() if index.exists() else [])
             rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in table}
         except BlockingIOError:
-            fail(f"another run writes into {self.dir}; choose another folder")
+            fail(f"another run writes into {self.dir}")
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-            fail(f"{metadata} or {index} is damaged ({error}); choose another folder")
+            fail(f"{metadata} or {index} is damaged: {error}")
         if differing:
-            fail(f"{self.dir} holds frames made differently; choose another folder, or match: {differing}")
+            fail(f"{self.dir} holds frames made differently: {differing}")
         write_file(metadata, json.dumps(contract, indent=2).encode())
         for label in LABELS:
             files = [f"{label}/{file.name}" for file in (self.dir / label).glob("*.png")]
@@ -697,7 +686,7 @@ class FrameFolder:
         self.pending += [(row, to_png(frame)) for frame, row in zip(frames.cpu(), rows)]
 
     def file(self):
-        """Collective: rank 0 writes all new frames, then the table, then removes those that were replaced."""
+        """Collective: rank 0 writes new frames, then the table, then removes what was replaced."""
         gathered, self.pending, replaced = gather(self.pending), [], []
         for row, png in [frame for frames in gathered for frame in frames] if RANK == 0 else []:
             label, rows = row["label"], self.rows[row["label"]]
@@ -705,7 +694,7 @@ class FrameFolder:
                 if label == "success" or not rows:
                     continue
                 replaced.append(rows.pop(self.rng.integers(len(rows))))
-            self.numbers[label] += 1  # no number is used twice
+            self.numbers[label] += 1  # none is used twice
             rows.append(row | dict(file=f"{label}/{self.numbers[label]:04d}.png"))
             write_file(self.dir / rows[-1]["file"], png)
         rows = [row for label in self.rows for row in self.rows[label]]
@@ -714,11 +703,10 @@ class FrameFolder:
         for row in replaced:
             (self.dir / row["file"]).unlink()
         counts = {label: len(self.rows[label]) + self.others[label] for label in self.rows}
-        first_episode = max([row["episode"] for row in rows], default=-1) + 1
-        self.counts, self.first_episode = gather((counts, first_episode))[0]
+        self.counts, self.first_episode = gather((counts, max([row["episode"] for row in rows], default=-1) + 1))[0]
 
     def preview(self, size: int = 172):
-        """Rank 0: random frames, successes in green, failures in red: (H, W, 3) uint8, and preview.png."""
+        """Rank 0: random successes in green, failures in red: (H, W, 3) uint8, and preview.png."""
         sheet = Image.new("RGB", (8 * size, 6 * size))
         for c, (label, color) in enumerate(zip(LABELS, ("#2a2", "#c33"))):
             for k, row in enumerate(self.rng.permutation(self.rows[label])[:24]):
@@ -728,7 +716,7 @@ class FrameFolder:
         return np.asarray(sheet)
 
 
-# ---------------------------------------- contract
+# -------------------- contract
 
 def differences(theirs: dict, ours: dict) -> str:
     """What two contracts disagree on, but for the version of ManiSkill; a contract is flat."""
@@ -737,17 +725,17 @@ def differences(theirs: dict, ours: dict) -> str:
                      if theirs.get(key) != ours.get(key))
 
 
-# ---------------------------------------- rows
+# -------------------- rows
 
 LABELS = ("success", "failure")
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
-# Of index.csv: `step` counts from 1 in an episode; distance and vector from cube to goal in metres (PickCube)
+# Of index.csv: `step` counts from 1, the way from cube to goal is in metres (PickCube)
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
            "is_obj_placed", "is_robot_static", "is_grasped")
 
 
 def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
-    """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters: `episode`, `step`, (N,) int64."""
+    """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters (N,): `episode`, `step`."""
     columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done, label=info["success"])
     table = torch.stack([values[idx].long() for values in columns.values()], 1).tolist()
     rows = [dict(zip(columns, row), global_step=global_step, env_steps=env_steps) for row in table]
@@ -774,14 +762,13 @@ def write_index(folder: Path, rows: list):
 
 
 def gather(value) -> list:
-    """The `value` of every rank, on every rank."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-# ---------------------------------------- runs and ranks
+# -------------------- runs and ranks
 
 FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
 FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
@@ -929,7 +916,7 @@ def average_gradients(parameters):
         nn.utils.vector_to_parameters(flat, grads)
 
 
-# ---------------------------------------- files and flags
+# -------------------- files and flags
 
 def on_stop_signal(handle):
     """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""

@@ -282,7 +282,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 
 # ==== From here on: machinery. The same text in every script.
 
-# ---------------------------------------- scenes
+# -------------------- scenes
 
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
@@ -503,7 +503,7 @@ class ManiSkillEnvs(gym.Wrapper):
         super().__init__(make_scenes(task, num_envs, backend, camera if on_gpu else None))
         self.max_episode_steps, self.studio = self.env._max_episode_steps, None
         if not isinstance(self.single_action_space, gym.spaces.Box):
-            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions, not a vector")
+            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions")
         self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
         controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
@@ -548,7 +548,7 @@ class ManiSkillEnvs(gym.Wrapper):
         return torch.cat(frames)
 
 
-# ---------------------------------------- runs and ranks
+# -------------------- runs and ranks
 
 FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
 FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
@@ -696,7 +696,7 @@ def average_gradients(parameters):
         nn.utils.vector_to_parameters(flat, grads)
 
 
-# ---------------------------------------- files and flags
+# -------------------- files and flags
 
 def on_stop_signal(handle):
     """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""

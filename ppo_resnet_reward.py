@@ -71,9 +71,9 @@ class Args:
     num_minibatches: int = 32 if GPU else 8  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 2.5e-4  # Adam's step size, at first
-    logstd_learning_rate: float = 2.5e-3  # that of the policy's noise: what stage 3 lacks is a steady hand
+    logstd_learning_rate: float = 2.5e-3  # that of the policy's noise: stage 3's hand is not steady
     anneal_lr: bool = not GPU  # lower the step sizes in proportion to what is left of the run
-    gamma: Share = 0.95  # discount factor per step; the reward comes at the end (0.99 for --done-by time)
+    gamma: Share = 0.95  # discount factor per step (0.99 for --done-by time)
     gae_lambda: Share = 0.95  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.3  # PPO's clipping range (arXiv:1707.06347)
     target_kl: float = 0.1  # nats of an epoch, after which only the critic goes on
@@ -84,16 +84,16 @@ class Args:
     capture_video: bool = True  # film the first evaluation scenes, into videos/
 
     reward_checkpoint: str = "reward_checkpoints/best_model.pt"  # the reward model of stage 2
-    reward_mode: Literal["replace", "add"] = "replace"  # of the environment's dense one, or added to it
+    reward_mode: Literal["replace", "add"] = "replace"  # the dense reward, or added to it
     alpha: float = 1.0  # factor of the ResNet's reward
     threshold: Share = 0.85  # probability above which a frame counts as done and earns the reward
     use_soft_reward: bool = False  # the reward is the probability itself
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"  # frames to score; others earn 0
-    critic_warmup: int = 5  # global steps at first that train the critic alone: it expects another reward
+    critic_warmup: int = 5  # global steps at first for the critic alone: it expects another reward
     done_by: Literal["simulator", "resnet", "time"] = "simulator"  # who ends episodes early
     score_every: int = 1 if GPU else 5  # steps between two frames that --done-by resnet looks at
-    oracle: bool = False  # control experiment: the simulator's success in place of the ResNet's verdict
-    save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/, laid out as stage 1's
+    oracle: bool = False  # control: the simulator's success in place of the ResNet's verdict
+    save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/
 
 
 class RewardModel(nn.Module):
@@ -132,10 +132,8 @@ class RewardModel(nn.Module):
 def resnet_reward(reward_model, envs, env_reward, success, scored, args):
     """The reward of stage 4: look at the scenes `scored` (K,) and pay for those that look done.
 
-    `env_reward` (N,) float32 is used by --reward-mode add alone, `success` (N,) bool by --oracle.
-
-    Returns:
-        reward (N,) float32; probs (K,) float32 that the task is done; frames (K, H, W, 3) uint8 or None.
+    `env_reward` (N,) is used by --reward-mode add alone, the simulator's `success` (N,) by --oracle. Returns
+    reward (N,) float32, probs (K,) float32 that the task is done, frames (K, H, W, 3) uint8 or None.
     """
     reward = env_reward.clone() if args.reward_mode == "add" else torch.zeros_like(env_reward)
     frames = envs.render_frames(scored) if len(scored) and not args.oracle else None
@@ -149,8 +147,9 @@ class Audit:
     COUNTS = ("true_positives", "false_positives", "false_negatives", "true_negatives")
 
     def __init__(self, args: Args, contract: dict, num_envs: int, device):
-        self.args, self.contract, self.rows, self.latest, self.new = args, contract, [], deque(maxlen=24), []
-        self.wrong_before = torch.zeros(num_envs, dtype=torch.bool, device=device)  # in this episode
+        self.args, self.contract, self.rows, self.new = args, contract, [], []
+        self.latest = deque(maxlen=24)
+        self.wrong_before = torch.zeros(num_envs, dtype=torch.bool, device=device)  # this episode
 
     def update(self, sums: dict, called_done, success, scored, frames, obs, info, done, *when, **counters):
         """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
@@ -158,8 +157,8 @@ class Audit:
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
-        # One an episode: the next ones look the same. Not those with the cube at the goal and the robot still
-        # moving, which a picture cannot tell from success: as failures they would teach against success
+        # One an episode: the next look the same. Not with the cube at the goal and the robot still moving,
+        # which a picture cannot tell from success: as failures they would teach against success
         success, at_goal = info["success"][scored], info.get("is_obj_placed", info["success"])[scored]
         wrong = (called_done != success) & (success == at_goal) & ~self.wrong_before[scored]
         wrong = wrong.nonzero().squeeze(-1)
@@ -358,7 +357,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scored = (looked_at | (args.reward_render_mode == "always")).nonzero().squeeze(-1)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
             called_done, success = probs > args.threshold, info["success"]
-            if args.done_by == "resnet":  # it decides whether the cube is at the goal, not whether the robot rests
+            if args.done_by == "resnet":  # success is what it decides: the cube is at the goal
                 done = done.index_put((scored,), called_done | done[scored])
                 success = info.get("is_obj_placed", success)
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
@@ -386,8 +385,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         # Update
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
-        # At an end that is not paid, a time-out or a success that the ResNet misses, the value of the true last
-        # observation stands for what would follow; with --done-by time nothing does: then is when it counts
+        # At an end that is not paid, a time-out or a success that is missed, the value of the true last
+        # observation stands for what would follow; with --done-by time nothing does
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns, train_policy = advantages + values, global_step > args.critic_warmup
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args, train_policy)
@@ -423,7 +422,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 
 # ==== From here on: machinery. The same text in every script.
 
-# ---------------------------------------- scenes
+# -------------------- scenes
 
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
@@ -644,7 +643,7 @@ class ManiSkillEnvs(gym.Wrapper):
         super().__init__(make_scenes(task, num_envs, backend, camera if on_gpu else None))
         self.max_episode_steps, self.studio = self.env._max_episode_steps, None
         if not isinstance(self.single_action_space, gym.spaces.Box):
-            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions, not a vector")
+            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions")
         self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
         controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
         controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
@@ -689,17 +688,17 @@ class ManiSkillEnvs(gym.Wrapper):
         return torch.cat(frames)
 
 
-# ---------------------------------------- rows
+# -------------------- rows
 
 LABELS = ("success", "failure")
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
-# Of index.csv: `step` counts from 1 in an episode; distance and vector from cube to goal in metres (PickCube)
+# Of index.csv: `step` counts from 1, the way from cube to goal is in metres (PickCube)
 COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_steps", "cube_to_goal", *TO_GOAL,
            "is_obj_placed", "is_robot_static", "is_grasped")
 
 
 def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
-    """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters: `episode`, `step`, (N,) int64."""
+    """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters (N,): `episode`, `step`."""
     columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done, label=info["success"])
     table = torch.stack([values[idx].long() for values in columns.values()], 1).tolist()
     rows = [dict(zip(columns, row), global_step=global_step, env_steps=env_steps) for row in table]
@@ -726,24 +725,23 @@ def write_index(folder: Path, rows: list):
 
 
 def gather(value) -> list:
-    """The `value` of every rank, on every rank."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-# ---------------------------------------- reward model
+# -------------------- reward model
 
 @functools.cache
 def fast_bf16(device_type: str) -> bool:
-    """Whether bfloat16 beats float32 there. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return device_type == "cuda" or "amx_bf16" in cpuinfo or "AuthenticAMD" in cpuinfo and "avx512_bf16" in cpuinfo
+    """Whether bfloat16 beats float32. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device_type == "cuda" or "amx_bf16" in info or "AuthenticAMD" in info and "avx512_bf16" in info
 
 
 def load_reward_model(path: str, device):
-    """The model of train_reward_resnet.py in a file, or in a folder's best_model.pt, and its contract."""
+    """The model of stage 2 in a file, or in a folder's best_model.pt, and its contract."""
     path = Path(path, "best_model.pt") if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -754,11 +752,11 @@ def load_reward_model(path: str, device):
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
             raise ValueError("it has weights that are not finite")
         return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["contract"]
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+    except Exception as error:  # torch.load raises many kinds
         fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error)[:150]!r})")
 
 
-# ---------------------------------------- runs and ranks
+# -------------------- runs and ranks
 
 FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
 FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
@@ -906,7 +904,7 @@ def average_gradients(parameters):
         nn.utils.vector_to_parameters(flat, grads)
 
 
-# ---------------------------------------- files and flags
+# -------------------- files and flags
 
 def on_stop_signal(handle):
     """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""

@@ -5,9 +5,7 @@
     writes  reward_checkpoints/best_model.pt  the reward model of stage 4: lowest
                                               loss on held-out episodes
             reward_checkpoints/last_model.pt  where --resume goes on
-            reward_checkpoints/report.json    accuracy, precision, recall, ...
-            reward_checkpoints/report.csv     the probability of every frame
-            reward_checkpoints/mistakes.png   the worst mistakes
+            reward_checkpoints/report.json, report.csv, mistakes.png
             logs/<timestamp>-train_reward_resnet/  TensorBoard events, args.json
 
     python train_reward_resnet.py            # on a GPU if there is one
@@ -31,7 +29,7 @@ from pathlib import Path
 from typing import Literal, NewType
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but first look for work 5,000 times: a fifth faster
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but first look for work for a while
 import numpy as np  # noqa: E402
 import torch
 import torch.nn as nn
@@ -49,27 +47,27 @@ Share = NewType("Share", float)  # a number between 0 and 1
 
 @dataclass
 class Args:
-    seed: int = 1  # of the split, the first weights, the order of the frames and their augmentation
+    seed: int = 1  # of the split, the weights, the order of the frames, ...
     data_path: tuple[str, ...] = ("data",)  # folders of frames, one or more
     save_dir: str = "reward_checkpoints"  # folder of the checkpoints and reports
     log_dir: str = "logs"  # parent of the runs' folders
     resume: bool = False  # go on from <save-dir>/last_model.pt
-    evaluate: str = ""  # only score this reward model on all frames of --data-path
+    evaluate: str = ""  # only score this model on all of --data-path
 
-    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # torchvision's (arXiv:1512.03385)
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # torchvision's
     input_size: int = 224 if GPU else 112  # side in pixels to which frames are scaled
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
     epochs: int = 100 if GPU else 14  # passes over the frames at most
     batch_size: int = 64 if GPU else 32  # frames in one step
-    lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in the first epoch, then falls to 0
+    lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
-    early_stopping_patience: int = 15  # end after so many epochs without a lower held-out loss
-    threshold: Share = 0.5  # probability above which the reports count a frame as done
-    random_shift: Share = 0.02  # augmentation: shift frames by up to this share of their side
-    color_jitter: Share = 0.2  # augmentation: change brightness and contrast by up to this share
-    easy_loss: float = 0.01  # frames with less loss than this are shown in every sixth epoch only
-    final_weight: float = 2.0  # in the loss, of frames that end an episode: these stage 4 scores
-    to_goal_weight: float = 2.0  # of the error (cm) of the vector from cube to goal, where index.csv knows it
+    early_stopping_patience: int = 15  # epochs without a lower held-out loss
+    threshold: Share = 0.5  # above which the reports count a frame as done
+    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side
+    color_jitter: Share = 0.2  # augmentation: of brightness and contrast
+    easy_loss: float = 0.01  # frames below this are shown in every sixth epoch only
+    final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
+    to_goal_weight: float = 2.0  # of the vector from cube to goal, where index.csv knows it
 
 
 class RewardModel(nn.Module):
@@ -106,12 +104,9 @@ class RewardModel(nn.Module):
 
 
 def augment(frames, cm, args, flip: bool):
-    """(B, S, S, 3) uint8 frames, (B, 3) vectors from cube to goal -> float32 in about [0, 255]; vectors.
-
-    Whole frames are shifted, made brighter or darker, and half of them flipped left to right, which is the
-    scene mirrored in y: nothing moves the cube relative to the goal.
-    """
-    x, u = frames.permute(0, 3, 1, 2).float(), torch.rand(5, len(frames), device=frames.device) * 2 - 1
+    """Shift (B, S, S, 3) uint8 frames, make them brighter or darker, flip half of them left to right,
+    which is the scene mirrored in y, with their (B, 3) vectors: cube and goal stay where they are."""
+    x, u = frames.permute(0, 3, 1, 2).float(), 2 * torch.rand(5, len(frames), device=frames.device) - 1
     side = torch.where((u[4] < 0) & flip, -1.0, 1.0)
     affine = torch.eye(2, 3, device=frames.device).repeat(len(frames), 1, 1)
     affine[:, 0, 0] = side
@@ -130,7 +125,7 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
     chosen = chosen[:1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * len(labels))]
     held_out = np.isin(episodes, order[chosen])
     if any(len(np.unique(labels[part])) < 2 for part in (held_out, ~held_out)):
-        fail(f"too few frames to split: {labels.sum()} successes, {(~labels).sum()} failures, {len(order)} episodes")
+        fail(f"too few frames to split: {labels.sum()} successes, {(~labels).sum()} failures")
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -138,8 +133,8 @@ def frame_weights(labels, final, final_weight: float):
     """(M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32 weights in the loss: ends
     weigh more, then each class has half of the sum, so that neither outvotes the other."""
     weights = np.where(final, final_weight, 1.0)
-    successes = weights[labels].sum() / weights.sum()
-    return torch.from_numpy(weights * np.where(labels, 0.5 / successes, 0.5 / (1 - successes))).float()
+    share = weights[labels].sum() / weights.sum()
+    return torch.from_numpy(weights * np.where(labels, 0.5 / share, 0.5 / (1 - share))).float()
 
 
 def train(args: Args, data: dict, contract: dict):
@@ -162,25 +157,26 @@ def train(args: Args, data: dict, contract: dict):
     train_labels, val_labels = all_labels[train_idx], all_labels[val_idx]
     train_weights = frame_weights(labels[train_idx], final[train_idx], args.final_weight)
     val_weights = frame_weights(labels[val_idx], final[val_idx], args.final_weight)
+    val_weights /= val_weights.mean()
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
     frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
-    print(f"{len(train_idx)} frames to train on and {len(val_idx)} held out, in whole episodes, on {DEVICE}")
+    say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 
     # Where an interrupted training stopped
-    state = dict(epoch=0, best_epoch=0, best_loss=float("inf"), seconds=0.0, frame_losses=frame_losses)
+    state = dict(epoch=0, best_epoch=0, best_loss=np.inf, frame_losses=frame_losses)
     fixed = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")}
-    fixed["frames"] = len(labels)
+    fixed["frames"], folder = len(labels), Path(args.save_dir)
     if args.resume:
-        state = load_last_model(Path(args.save_dir, "last_model.pt"), fixed, state, model, optimizer)
-    Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+        state = load_last_model(folder / "last_model.pt", fixed, model, optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
     _, writer = make_run_dir(args)
 
-    stop_signals = []
+    stop_signals, patience = [], args.early_stopping_patience
     on_stop_signal(stop_signals.append)
-    while state["epoch"] < args.epochs and state["epoch"] - state["best_epoch"] < args.early_stopping_patience:
+    while state["epoch"] < min(args.epochs, state["best_epoch"] + patience):
         epoch, start_time = state["epoch"] + 1, time.time()
-        torch.manual_seed(args.seed * 100_003 + epoch)  # an epoch is the same whether resumed or not
+        torch.manual_seed(args.seed * 100_003 + epoch)  # the same whether resumed or not
 
         # Train
         model.train()
@@ -188,7 +184,7 @@ def train(args: Args, data: dict, contract: dict):
         easy = state["frame_losses"][order] < args.easy_loss
         order = order[~easy | (easy.cumsum(0) % 6 == 1)]
         batches = order.tensor_split(max(1, len(order) // args.batch_size))
-        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch}", unit="step", leave=False)):
+        for step, batch in enumerate(tqdm(batches, f"epoch {epoch}", unit="step", leave=False)):
             if stop_signals:
                 break
             for group in optimizer.param_groups:  # large first steps may kill every ReLU of the head
@@ -203,7 +199,7 @@ def train(args: Args, data: dict, contract: dict):
             (train_weights[batch].to(DEVICE) * losses + args.to_goal_weight * cm_error).mean().backward()
             optimizer.step()
             frame_losses[batch.to(DEVICE)] = losses.detach()
-        if stop_signals:  # what this epoch has learned is dropped: last_model.pt is the end of the one before
+        if stop_signals:  # what this epoch has learned is dropped: last_model.pt is of the one before
             resume = " --resume" if state["epoch"] and not args.resume else ""
             return say(f"To go on: {shlex.join(['python', *sys.argv])}{resume}")
         images_per_s = len(order) / (time.time() - start_time)
@@ -211,66 +207,60 @@ def train(args: Args, data: dict, contract: dict):
         # Validate
         model.eval()
         probs = model.predict(val_frames).cpu()
-        val_loss = nn.functional.binary_cross_entropy(probs, val_labels, val_weights / val_weights.mean()).item()
-        state |= dict(epoch=epoch, seconds=state["seconds"] + time.time() - start_time, frame_losses=frame_losses.cpu())
+        val_loss = nn.functional.binary_cross_entropy(probs, val_labels, val_weights).item()
+        state |= dict(epoch=epoch, frame_losses=frame_losses.cpu())
         train_loss = state["frame_losses"].mean().item()
         if not np.isfinite([train_loss, val_loss]).all():
-            fail(f"the loss is no longer finite in epoch {epoch}; go on with --resume and a smaller --lr")
+            fail(f"the loss is no longer finite in epoch {epoch}; --resume with a smaller --lr")
 
         # Checkpoint
         improved = val_loss < state["best_loss"]
         if improved:
             state |= dict(best_epoch=epoch, best_loss=val_loss)
-            save_model(Path(args.save_dir, "best_model.pt"), model, contract, args)
-        save_model(Path(args.save_dir, "last_model.pt"), model, contract, args,
-                   state=state, fixed=fixed, optimizer=optimizer.state_dict())
+            save_model(folder / "best_model.pt", model, contract, args)
+        save_model(folder / "last_model.pt", model, contract, args, state=state, fixed=fixed,
+                   optimizer=optimizer.state_dict())
 
         # Log
         report = score(probs.numpy(), labels[val_idx], {}, args.threshold)
-        scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss, "charts/images_per_s": images_per_s}
-        scalars |= {f"reward_model/{name}": value for name, value in report.items() if isinstance(value, float)}
+        scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss}
+        scalars |= {f"reward_model/{name}": value for name, value in report.items() if value and name != "kinds"}
         for name, value in scalars.items():
             writer.add_scalar(name, value, epoch)
-        say(f"epoch {epoch}: {len(order)} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, accuracy "
-            f"{report['accuracy']:.4f}, {images_per_s:.1f} images/s, {state['seconds'] / 60:.1f} min"
-            f"{' *' if improved else ''}")
+        say(f"epoch {epoch}: {len(order)} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, "
+            f"accuracy {report['accuracy']:.4f}, {images_per_s:.1f} images/s{' *' if improved else ''}")
 
-    model, _ = load_reward_model(Path(args.save_dir, "best_model.pt"), DEVICE)
+    model, _ = load_reward_model(folder, DEVICE)
     say(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
-    picture = write_report(model.predict(val_frames), data, val_idx, args, best_epoch=state["best_epoch"],
-                           train_frames=len(train_idx), minutes=state["seconds"] / 60)
+    picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
-    say(f"{Path(args.save_dir, 'best_model.pt')} is ready{' for stage 4' if 'views' in contract else ''}")
+    say(f"{folder / 'best_model.pt'} is ready{' for stage 4' if 'views' in contract else ''}")
 
 
 # ==== From here on: machinery. The same text in every script.
 
-# ---------------------------------------- data
+# -------------------- data
 
-PICTURES = dict(format_version=3, source="pictures")  # the contract of anyone's own
+PICTURES = dict(format_version=3, source="pictures")  # anyone's own
 KINDS = ("ends an episode", "near miss", "ambiguous", "other")
 LABELS = ("success", "failure")
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 
 def read_data(data_path):
-    """What is in the folders of frames, without opening one.
-
-    Returns:
-        (M,) arrays: files, labels (True: success), episodes (a frame without a row in index.csv is its own),
-            to_goal (M, 3) metres from cube to goal (NaN: not known), kinds {kind: bool}; and the contract.
-    """
+    """What is in the folders, without opening a frame: (M,) arrays `files`, `labels` (True: success),
+    `episodes` (a frame without a row is its own), `to_goal` (M, 3) metres from cube to goal (NaN: not
+    known), `kinds` {kind: bool}; and the contract."""
     rows, contracts = [], []
     for folder in map(Path, data_path):
         found, contract = read_folder(folder)
         rows += found
         contracts.append(contract)
-        differing = differences(contract, contracts[0])
-        if differing:
-            fail(f"the frames in {folder} were made differently from those in {data_path[0]}: {differing}")
+        if differences(contract, contracts[0]):
+            fail(f"the frames in {folder} were made differently: {differences(contract, contracts[0])}")
     if not rows:
-        fail(f"{' '.join(data_path)}: no frames in success/ or failure/; collect them with ppo_collect.py")
+        fail(f"{' '.join(data_path)}: no frames in success/ or failure/")
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     labels, placed = columns["labels"], columns.pop("placed")
     _, columns["episodes"] = np.unique(columns["episodes"], return_inverse=True)
@@ -281,14 +271,14 @@ def read_data(data_path):
 
 
 def read_folder(folder: Path):
-    index, metadata, rows = folder / "index.csv", folder / "metadata.json", {}
+    index, metadata, rows, found = folder / "index.csv", folder / "metadata.json", {}, []
     try:
         contract = dict(json.loads(metadata.read_text())) if metadata.exists() else PICTURES
         if contract.get("source") == "pictures":
             contract = PICTURES
         else:
             views_mirror(contract["views"])  # can be read
-            if contract["format_version"] != 3 or not 32 <= min(contract["width"], contract["height"]) <= 4096:
+            if contract["format_version"] != 3 or not 32 <= contract["width"] <= 4096:
                 raise ValueError("it is of another version of the project, or of a strange size")
         with open(index, newline="") if index.exists() else io.StringIO() as table:
             for row in csv.DictReader(table):
@@ -296,26 +286,25 @@ def read_folder(folder: Path):
                 rows[row["file"]] = dict(episodes=f"{folder} {int(row['episode'])}", final=row["is_final"] == "1",
                                          placed=row.get("is_obj_placed") == "1", to_goal=to_goal)
                 if not row["file"].startswith(row["label"] + "/"):
-                    raise ValueError(f"{row['file']} is labelled {row['label']}; move it back or remove the row")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
-        fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(error).__name__}: {str(error)[:150]}")
-    found = []
+                    raise ValueError(f"{row['file']} is labelled {row['label']}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
+        fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(e).__name__}: {str(e)[:150]}")
     for label in LABELS:
         for file in sorted((folder / label).iterdir()) if (folder / label).is_dir() else ():
             if file.name.startswith(".") or file.name.endswith((".tmp", "Thumbs.db", "desktop.ini")):
                 continue
             if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-                fail(f"{file} is neither a PNG nor a JPEG; remove it")
-            unknown = dict(episodes=str(file), final=False, placed=False, to_goal=[float("nan")] * 3)
-            row = rows.get(f"{label}/{file.name}", unknown)
+                fail(f"{file} is neither a PNG nor a JPEG")
+            own = dict(episodes=str(file), final=False, placed=False, to_goal=[np.nan] * 3)
+            row = rows.get(f"{label}/{file.name}", own)
             found.append(row | dict(files=str(file), labels=label == "success"))
     return found, contract
 
 
 def views_mirror(views: dict) -> bool:
-    """In the plane y = 0: then a frame flipped left to right is one of the mirrored scene."""
+    """In y = 0: then a frame flipped left to right is one of the mirrored scene."""
     views = list(views.values())
-    poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # position, quaternion wxyz
+    poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # xyz, wxyz
     mirrored = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
     mirrored[(poses * mirrored)[:, 3:].sum(1) < 0, 3:] *= -1  # q and -q are the same
     others = [(view["fov"], view.get("mount")) for view in views]
@@ -323,7 +312,7 @@ def views_mirror(views: dict) -> bool:
 
 
 def load_frames(files, contract: dict, model, progress: str):
-    """Decode the pictures once: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole, with 8
+    """Decode the pictures once: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole, of 8
     bits a channel, as large as the contract says; headers are checked before memory is taken."""
     def decode(numbered):
         k, file = numbered[0], str(numbered[1])
@@ -331,112 +320,112 @@ def load_frames(files, contract: dict, model, progress: str):
             with Image.open(file, formats=["PNG", "JPEG"]) as image:
                 size = contract.get("width", image.width), contract.get("height", image.height)
                 if image.size != size:
-                    return f"{file} is {image.width}x{image.height} and metadata.json says {size[0]}x{size[1]}"
+                    return f"{file} is {image.size} and metadata.json says {size}"
                 if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
                     return f"{file} does not have 8 bits a channel (Pillow's mode {image.mode})"
-                picture = ImageOps.exif_transpose(image).convert("RGB")  # a telephone may have been held upright
+                picture = ImageOps.exif_transpose(image).convert("RGB")
             frames[k] = model.scale(torch.from_numpy(np.array(picture))[None])[0]
         except Exception as error:  # whatever Pillow makes of a damaged file
             return f"{file} is not a whole picture ({str(error)[:80]})"
 
     frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
-        decoded = tqdm(pool.map(decode, enumerate(files)), desc=progress, total=len(files), unit="frame", leave=False)
-        problems = [problem for problem in decoded if problem]
+        done = tqdm(pool.map(decode, enumerate(files)), progress, len(files), leave=False)
+        problems = [problem for problem in done if problem]
     if problems:
-        fail(f"{len(problems)} of {len(files)} files cannot be used: {'; '.join(problems[:10])}; mend or remove them")
+        fail(f"{len(problems)} of {len(files)} files cannot be used: {'; '.join(problems[:10])}")
     return frames
 
 
-# ---------------------------------------- reports
+# -------------------- reports
 
 def score(probs, labels, kinds: dict, threshold: float) -> dict:
-    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and for each kind; null for 0 / 0."""
-    def ratio(a, b):
-        return float(a.sum() / b.sum()) if b.any() else None
+    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and of each kind; null for 0 / 0."""
+    def share(a, b):
+        return float((a & b).sum() / b.sum()) if b.any() else None
 
-    said, right = probs > threshold, (probs > threshold) == labels
-    return dict(frames=len(labels), accuracy=ratio(right, labels == labels), precision=ratio(said & labels, said),
-                recall=ratio(said & labels, labels), false_positive_rate=ratio(said & ~labels, ~labels),
-                kinds={kind: dict(
-                    frames=int(of.sum()), accuracy=ratio(right & of, of), failures=int((of & ~labels).sum()),
-                    false_positive_rate=ratio(said & of & ~labels, of & ~labels)) for kind, of in kinds.items()})
+    said, right, failures = probs > threshold, (probs > threshold) == labels, ~labels
+    report = dict(frames=len(labels), accuracy=float(right.mean()), precision=share(labels, said),
+                  recall=share(said, labels), false_positive_rate=share(said, failures), kinds={})
+    for kind, of in kinds.items():
+        report["kinds"][kind] = dict(frames=int(of.sum()), failures=int((of & failures).sum()),
+                                     accuracy=share(right, of), false_positive_rate=share(said, of & failures))
+    return report
 
 
-def draw_mistakes(files, probs, labels, threshold: float, columns: int = 6, rows: int = 4, size: int = 192):
+def draw_mistakes(files, probs, labels, threshold: float, columns=6, rows=4, size=192):
     """The frames that are most wrong, with their probability: (H, W, 3) uint8. Green: a success."""
     wrong = np.flatnonzero((probs > threshold) != labels)
     wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
     sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
     for k, i in enumerate(wrong):
-        cell = Image.new("RGB", (size, size), "#2a2" if labels[i] else "#c33")
         with Image.open(files[i]) as image:
-            cell.paste(ImageOps.exif_transpose(image).convert("RGB").resize((size - 6, size - 6)), (3, 3))
+            cell = ImageOps.exif_transpose(image).convert("RGB").resize((size - 6, size - 6))
+        cell = ImageOps.expand(cell, 3, "#2a2" if labels[i] else "#c33")
         text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
         ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
         sheet.paste(cell, (k % columns * size, k // columns * size))
     return np.asarray(sheet)
 
 
-def write_report(probs, data, idx, args, name: str = "", **more):
-    """Print how good `probs` are for the frames `idx`; write report<name>.json, .csv, mistakes<name>.png."""
+def write_report(probs, data, idx, args, name: str):
+    """Print how right `probs` are of the frames `idx`; write report and mistakes into <save-dir>."""
     probs, files, labels = probs.cpu().numpy(), data["files"][idx], data["labels"][idx]
-    report = score(probs, labels, {kind: of[idx] for kind, of in data["kinds"].items()}, args.threshold)
+    kinds = {kind: of[idx] for kind, of in data["kinds"].items()}
+    report, path = score(probs, labels, kinds, args.threshold), Path(args.save_dir)
     for kind, of in [("all", report), *report["kinds"].items()]:
-        numbers = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in of.items() if isinstance(value, float)]
-        say(f"  {kind:15} {of['frames']:6} frames: {', '.join(numbers)}")
+        text = [f"{name} {of[name]:.4f}" for name in of if isinstance(of[name], float)]
+        say(f"  {kind:15} {of['frames']:6} frames: {', '.join(text)}")
     picture, png, table = draw_mistakes(files, probs, labels, args.threshold), io.BytesIO(), io.StringIO()
     Image.fromarray(picture).save(png, "PNG")
-    rows = ((file, LABELS[not label], f"{prob:.6f}") for file, label, prob in zip(files, labels, probs))
+    rows = zip(files, [LABELS[not label] for label in labels], [f"{prob:.6f}" for prob in probs])
     csv.writer(table, lineterminator="\n").writerows([("file", "label", "probability"), *rows])
-    for file, content in ((f"mistakes{name}.png", png.getvalue()), (f"report{name}.csv", table.getvalue().encode()),
-                          (f"report{name}.json", json.dumps(report | more, indent=2).encode())):
-        write_file(Path(args.save_dir, file), content)
+    write_file(path / f"mistakes{name}.png", png.getvalue())
+    write_file(path / f"report{name}.csv", table.getvalue().encode())
+    write_file(path / f"report{name}.json", json.dumps(report, indent=2).encode())
     return picture
 
 
 def evaluate_reward_model(args, data, contract):
     """Score --evaluate's model on all frames of --data-path."""
     model, known = load_reward_model(args.evaluate, DEVICE)
-    differing = differences(known, contract)
-    if differing:
-        fail(f"{args.evaluate} knows frames made differently from those in {args.data_path[0]}: {differing}")
+    if differences(known, contract):
+        fail(f"{args.evaluate} knows other frames than {args.data_path[0]}: {differences(known, contract)}")
     Path(args.save_dir).mkdir(parents=True, exist_ok=True)
-    probs = model.predict(load_frames(data["files"], contract, model, "decoding"))
-    write_report(probs, data, np.arange(len(probs)), args, f"_{Path(args.data_path[0]).resolve().name}")
+    probs, name = model.predict(load_frames(data["files"], contract, model, "decoding")), args.data_path[0]
+    write_report(probs, data, np.arange(len(probs)), args, f"_{Path(name).resolve().name}")
 
 
-# ---------------------------------------- models
+# -------------------- models
 
 def load_imagenet_weights(model, arch: str):
     try:
         weights = torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
-        fail(f"--pretrained: the ImageNet weights could not be downloaded ({error}); train without it")
+    except (OSError, RuntimeError) as error:
+        fail(f"--pretrained: the ImageNet weights could not be downloaded ({error})")
     model.resnet.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False)
 
 
 def save_model(path: Path, model, contract: dict, args, **more):
     buffer = io.BytesIO()
-    torch.save(dict(script=SCRIPT, model=model.state_dict(), arch=args.arch, input_size=model.input_size,
+    torch.save(dict(model=model.state_dict(), arch=args.arch, input_size=model.input_size, script=SCRIPT,
                     contract=contract, args=asdict(args), **more), buffer)
     write_file(path, buffer.getbuffer())
 
 
-def load_last_model(path: Path, fixed: dict, state: dict, model, optimizer) -> dict:
+def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
-        differing = differences(last["fixed"], fixed)
-        if not differing:
-            model.load_state_dict(last["model"])
-            optimizer.load_state_dict(last["optimizer"])
-            return {name: last["state"][name] for name in state}
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
-        fail(f"--resume: {path} cannot be read ({str(error)[:150]!r}); train without --resume")
-    fail(f"--resume: {path} was trained otherwise: {differing}")
+        if last["fixed"] != fixed:
+            raise ValueError(differences(last["fixed"], fixed))
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        return last["state"]
+    except Exception as error:  # torch.load raises many kinds
+        fail(f"--resume: {path} cannot be gone on with ({str(error)[:150]!r})")
 
 
-# ---------------------------------------- contract
+# -------------------- contract
 
 def differences(theirs: dict, ours: dict) -> str:
     """What two contracts disagree on, but for the version of ManiSkill; a contract is flat."""
@@ -445,17 +434,17 @@ def differences(theirs: dict, ours: dict) -> str:
                      if theirs.get(key) != ours.get(key))
 
 
-# ---------------------------------------- reward model
+# -------------------- reward model
 
 @functools.cache
 def fast_bf16(device_type: str) -> bool:
-    """Whether bfloat16 beats float32 there. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return device_type == "cuda" or "amx_bf16" in cpuinfo or "AuthenticAMD" in cpuinfo and "avx512_bf16" in cpuinfo
+    """Whether bfloat16 beats float32. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return device_type == "cuda" or "amx_bf16" in info or "AuthenticAMD" in info and "avx512_bf16" in info
 
 
 def load_reward_model(path: str, device):
-    """The model of train_reward_resnet.py in a file, or in a folder's best_model.pt, and its contract."""
+    """The model of stage 2 in a file, or in a folder's best_model.pt, and its contract."""
     path = Path(path, "best_model.pt") if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -466,11 +455,11 @@ def load_reward_model(path: str, device):
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
             raise ValueError("it has weights that are not finite")
         return model.to(device, memory_format=torch.channels_last).eval(), checkpoint["contract"]
-    except Exception as error:  # torch.load raises many kinds of errors for damaged files
+    except Exception as error:  # torch.load raises many kinds
         fail(f"{path} is not a reward model of train_reward_resnet.py ({str(error)[:150]!r})")
 
 
-# ---------------------------------------- files and flags
+# -------------------- files and flags
 
 def on_stop_signal(handle):
     """Call `handle` with SIGINT, SIGTERM or SIGHUP instead of ending; nohup's is ignored."""

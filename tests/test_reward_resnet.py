@@ -359,7 +359,7 @@ def broken_index(data):
 @pytest.mark.parametrize("prepare, says", [
     (tiny_metadata, "of a strange size"), (one_class, "too few frames to split: 0 successes, 64 failures"),
     (too_few, "too few frames to split"), (truncated_png, "failure/0020.png is not a whole picture"),
-    (wrong_size, "success/0003.png is 64x64 and metadata.json says 224x224"), (bomb, "success/0003.png is "),
+    (wrong_size, "success/0003.png is (64, 64) and metadata.json says (224, 224)"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"),
     (many_unusable, " files cannot be used: data/success/00"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
     (sixteen_bits, "failure/0007.png does not have 8 bits a channel"),
@@ -398,7 +398,7 @@ def test_bad_checkpoints(data, tmp_path, write):
     _, err = run(tmp_path, "--evaluate", "reward_checkpoints/last_model.pt", code=2)
     assert "last_model.pt is not a reward model" in err and "Traceback" not in err
     _, err = run(tmp_path, "--resume", code=2)
-    assert "last_model.pt cannot be read" in err and "Traceback" not in err
+    assert "last_model.pt cannot be gone on with" in err and "Traceback" not in err
 
 
 def test_imagenet_weights_need_the_network(data, tmp_path):
