@@ -187,7 +187,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     film = FILM_CAMERA if args.capture_video and RANK == 0 else None
     eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
-    torch.manual_seed(args.seed)  # the same for every rank
+    torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
@@ -303,7 +303,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
         cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
               patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
-              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),  # may have one scene only
+              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
               patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
             env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
                            obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
@@ -406,7 +406,7 @@ class PhysxCpuScenes:
         self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
 
     def __getattr__(self, name):
-        if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # tables do it when used
+        if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):
             return lambda: None
         raise AttributeError(name)
 
@@ -600,7 +600,6 @@ def log_evaluation(agent, envs, run_dir, writer, global_step: int, env_steps: in
 
 
 def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
-    """Write `scalars`, and the means of `sums` over the episodes that have ended."""
     episodes = max(sums["episodes"], 1)
     if sums["episodes"]:
         scalars |= {f"env/{name}": sums[name] / episodes for name in ("success_once", "episode_len", "return")}
@@ -671,8 +670,10 @@ def start_ranks(args):
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
     if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", rank=RANK, world_size=WORLD_SIZE)
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # else ranks begun anew wait for the dead
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
+        atexit.register(dist.destroy_process_group)
 
 
 def all_reduce_sum(tensor):
@@ -692,8 +693,7 @@ def sum_over_ranks(sums: dict) -> dict:
 def average_gradients(parameters):
     if WORLD_SIZE > 1:
         grads = [p.grad for p in parameters]
-        flat = all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE
-        nn.utils.vector_to_parameters(flat, grads)
+        nn.utils.vector_to_parameters(all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE, grads)
 
 
 # -------------------- files and flags

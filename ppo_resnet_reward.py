@@ -123,7 +123,9 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities of being done."""
+        if frames.dtype != torch.uint8:
+            raise ValueError(f"frames are uint8, not {frames.dtype}")
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
             return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
@@ -143,7 +145,7 @@ def resnet_reward(reward_model, envs, env_reward, success, scored, args):
 
 
 class Audit:
-    """What the simulator says of the ResNet's verdicts: counts, and the frames that it got wrong."""
+    """What the simulator says of the ResNet's verdicts: counts, and frames that it got wrong."""
     COUNTS = ("true_positives", "false_positives", "false_negatives", "true_negatives")
 
     def __init__(self, args: Args, contract: dict, num_envs: int, device):
@@ -298,7 +300,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     film = FILM_CAMERA if args.capture_video and RANK == 0 else None
     eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
-    torch.manual_seed(args.seed)  # the same for every rank
+    torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim).to(device)
     logstd, *others = agent.parameters()  # a module's own come first
     optimizer = torch.optim.Adam([dict(params=[logstd]), dict(params=others)], eps=1e-5, fused=True)
@@ -443,7 +445,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
         cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
               patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
-              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),  # may have one scene only
+              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
               patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
             env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
                            obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
@@ -546,7 +548,7 @@ class PhysxCpuScenes:
         self.asked, self.contacts = set(), None  # pairs of bodies; their impulses, once somebody asks
 
     def __getattr__(self, name):
-        if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):  # tables do it when used
+        if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):
             return lambda: None
         raise AttributeError(name)
 
@@ -808,7 +810,6 @@ def log_evaluation(agent, envs, run_dir, writer, global_step: int, env_steps: in
 
 
 def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
-    """Write `scalars`, and the means of `sums` over the episodes that have ended."""
     episodes = max(sums["episodes"], 1)
     if sums["episodes"]:
         scalars |= {f"env/{name}": sums[name] / episodes for name in ("success_once", "episode_len", "return")}
@@ -879,8 +880,10 @@ def start_ranks(args):
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
     if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", rank=RANK, world_size=WORLD_SIZE)
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # else ranks begun anew wait for the dead
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
+        atexit.register(dist.destroy_process_group)
 
 
 def all_reduce_sum(tensor):
@@ -900,8 +903,7 @@ def sum_over_ranks(sums: dict) -> dict:
 def average_gradients(parameters):
     if WORLD_SIZE > 1:
         grads = [p.grad for p in parameters]
-        flat = all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE
-        nn.utils.vector_to_parameters(flat, grads)
+        nn.utils.vector_to_parameters(all_reduce_sum(nn.utils.parameters_to_vector(grads)) / WORLD_SIZE, grads)
 
 
 # -------------------- files and flags

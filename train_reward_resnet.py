@@ -97,7 +97,9 @@ class RewardModel(nn.Module):
 
     @torch.inference_mode()
     def predict(self, frames, batch_size: int = 64):
-        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities that the task is done."""
+        """(K, H, W, 3) uint8 frames of any size -> (K,) float32 probabilities of being done."""
+        if frames.dtype != torch.uint8:
+            raise ValueError(f"frames are uint8, not {frames.dtype}")
         device = self.mean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device.type)):
             return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
@@ -119,13 +121,18 @@ def augment(frames, cm, args, flip: bool):
 
 
 def split_by_episode(labels, episodes, val_split: float, seed: int):
-    """(train, val): indices of frames; no episode is in both."""
-    order, frames = np.unique(episodes, return_counts=True)
-    chosen = np.random.default_rng(seed).permutation(len(order))
-    chosen = chosen[:1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * len(labels))]
-    held_out = np.isin(episodes, order[chosen])
+    """(train, val): indices of frames; no episode is in both. A share of the episodes with a success, and of
+    the others, is held out, at least one and never all: two of each are enough, with any seed."""
+    succeeds, held_out = np.isin(episodes, episodes[labels]), np.zeros(len(labels), bool)
+    rng = np.random.default_rng(seed)
+    for group in (succeeds, ~succeeds):
+        order, frames = np.unique(episodes[group], return_counts=True)
+        chosen = rng.permutation(len(order))
+        count = 1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * frames.sum())
+        held_out |= np.isin(episodes, order[chosen[:min(count, len(order) - 1)]])
     if any(len(np.unique(labels[part])) < 2 for part in (held_out, ~held_out)):
-        fail(f"too few frames to split: {labels.sum()} successes, {(~labels).sum()} failures")
+        of = [len(np.unique(episodes[which])) for which in (labels, ~labels)]
+        fail(f"two episodes of each class are needed; {of[0]} have successes, {of[1]} failures")
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -232,10 +239,14 @@ def train(args: Args, data: dict, contract: dict):
 
     model, _ = load_reward_model(folder, DEVICE)
     say(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
-    picture = write_report(model.predict(val_frames), data, val_idx, args, "")
+    report, picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
-    say(f"{folder / 'best_model.pt'} is ready{' for stage 4' if 'views' in contract else ''}")
+    guessing = 0.5 + len(val_idx) ** -0.5  # two standard errors above a coin
+    if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < guessing:
+        say(f"warning: {folder / 'best_model.pt'} is hardly better than guessing: collect more frames")
+    else:
+        say(f"{folder / 'best_model.pt'} is ready{' for stage 4' if 'views' in contract else ''}")
 
 
 # ==== From here on: machinery. The same text in every script.
@@ -245,6 +256,7 @@ def train(args: Args, data: dict, contract: dict):
 PICTURES = dict(format_version=3, source="pictures")  # anyone's own
 KINDS = ("ends an episode", "near miss", "ambiguous", "other")
 LABELS = ("success", "failure")
+FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no", "", "nan"), False)
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 
@@ -280,11 +292,12 @@ def read_folder(folder: Path):
             views_mirror(contract["views"])  # can be read
             if contract["format_version"] != 3 or not 32 <= contract["width"] <= 4096:
                 raise ValueError("it is of another version of the project, or of a strange size")
-        with open(index, newline="") if index.exists() else io.StringIO() as table:
+        with open(index, newline="", encoding="utf-8-sig") if index.exists() else io.StringIO() as table:
             for row in csv.DictReader(table):
                 to_goal = [float(row.get(axis) or "nan") for axis in TO_GOAL]
-                rows[row["file"]] = dict(episodes=f"{folder} {int(row['episode'])}", final=row["is_final"] == "1",
-                                         placed=row.get("is_obj_placed") == "1", to_goal=to_goal)
+                rows[row["file"]] = dict(
+                    episodes=f"{folder} {int(float(row['episode']))}", final=FLAGS[row["is_final"].lower()],
+                    placed=FLAGS[(row.get("is_obj_placed") or "").lower()], to_goal=to_goal)
                 if not row["file"].startswith(row["label"] + "/"):
                     raise ValueError(f"{row['file']} is labelled {row['label']}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
@@ -296,8 +309,10 @@ def read_folder(folder: Path):
             if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
                 fail(f"{file} is neither a PNG nor a JPEG")
             own = dict(episodes=str(file), final=False, placed=False, to_goal=[np.nan] * 3)
-            row = rows.get(f"{label}/{file.name}", own)
+            row = rows.pop(f"{label}/{file.name}", own)
             found.append(row | dict(files=str(file), labels=label == "success"))
+    if rows:
+        say(f"warning: {len(rows)} rows of {index} match no file, such as {next(iter(rows))}")
     return found, contract
 
 
@@ -309,6 +324,14 @@ def views_mirror(views: dict) -> bool:
     mirrored[(poses * mirrored)[:, 3:].sum(1) < 0, 3:] *= -1  # q and -q are the same
     others = [(view["fov"], view.get("mount")) for view in views]
     return np.allclose(poses, mirrored, atol=1e-3) and others == others[::-1]
+
+
+def upright(image):
+    """As people see it: a telephone may have been turned. Damaged metadata does not matter."""
+    picture = image.convert("RGB")
+    with contextlib.suppress(Exception):
+        picture = ImageOps.exif_transpose(image).convert("RGB")
+    return picture
 
 
 def load_frames(files, contract: dict, model, progress: str):
@@ -323,7 +346,7 @@ def load_frames(files, contract: dict, model, progress: str):
                     return f"{file} is {image.size} and metadata.json says {size}"
                 if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
                     return f"{file} does not have 8 bits a channel (Pillow's mode {image.mode})"
-                picture = ImageOps.exif_transpose(image).convert("RGB")
+                picture = upright(image)
             frames[k] = model.scale(torch.from_numpy(np.array(picture))[None])[0]
         except Exception as error:  # whatever Pillow makes of a damaged file
             return f"{file} is not a whole picture ({str(error)[:80]})"
@@ -360,7 +383,7 @@ def draw_mistakes(files, probs, labels, threshold: float, columns=6, rows=4, siz
     sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
     for k, i in enumerate(wrong):
         with Image.open(files[i]) as image:
-            cell = ImageOps.exif_transpose(image).convert("RGB").resize((size - 6, size - 6))
+            cell = upright(image).resize((size - 6, size - 6))
         cell = ImageOps.expand(cell, 3, "#2a2" if labels[i] else "#c33")
         text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
         ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
@@ -383,7 +406,7 @@ def write_report(probs, data, idx, args, name: str):
     write_file(path / f"mistakes{name}.png", png.getvalue())
     write_file(path / f"report{name}.csv", table.getvalue().encode())
     write_file(path / f"report{name}.json", json.dumps(report, indent=2).encode())
-    return picture
+    return report, picture
 
 
 def evaluate_reward_model(args, data, contract):
