@@ -84,7 +84,7 @@ class Args:
     capture_video: bool = True  # film the first evaluation scenes, into videos/
 
     reward_checkpoint: str = "reward_checkpoints/best_model.pt"  # the reward model of stage 2
-    reward_mode: Literal["replace", "add"] = "replace"  # the dense reward, or added to it
+    reward_mode: Literal["replace", "add"] = "replace"  # or added to the dense one
     alpha: float = 1.0  # factor of the ResNet's reward
     threshold: Share = 0.85  # probability above which a frame counts as done and earns the reward
     use_soft_reward: bool = False  # the reward is the probability itself
@@ -92,7 +92,7 @@ class Args:
     critic_warmup: int = 5  # global steps at first for the critic alone: it expects another reward
     done_by: Literal["simulator", "resnet", "time"] = "simulator"  # who ends episodes early
     score_every: int = 1 if GPU else 5  # steps between two frames that --done-by resnet looks at
-    oracle: bool = False  # control: the simulator's success in place of the ResNet's verdict
+    oracle: bool = False  # control: the simulator in place of the ResNet
     save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/
 
 

@@ -27,7 +27,8 @@ POLICY = Path(__file__).with_name("policy.pt")
 
 
 def make(env_id, num_envs, camera=None):
-    return ManiSkillEnvs(Args(sim_backend="physx_cpu"), dict(env_id=env_id, control_mode="pd_joint_delta_pos"), num_envs, camera)
+    task = dict(env_id=env_id, control_mode="pd_joint_delta_pos")
+    return ManiSkillEnvs(Args(sim_backend="physx_cpu"), task, num_envs, camera)
 
 
 def make_stock(env_id):

@@ -166,7 +166,8 @@ if __name__ == "__main__":
         roll(cpu, 14)
         state, idx, sheet, results = cpu.unwrapped.get_state_dict(), torch.arange(8), [], []
         contract = ppo_collect.make_contract(ppo_collect.Args(meshes="stock"), TASK, cpu)
-        for name, camera in (("stock", contract), ("light", dict(contract, meshes="light")), ("film", ppo_collect.FILM_CAMERA)):
+        light = dict(contract, meshes="light")
+        for name, camera in (("stock", contract), ("light", light), ("film", ppo_collect.FILM_CAMERA)):
             gpu = scenes(8, ARGS.sim_backend, camera)
             gpu.reset(seed=0)
             set_state(gpu, state)
@@ -289,8 +290,8 @@ if __name__ == "__main__":
                     "--save-dir", "data_cpu", "--num-eval-envs", 16)
             command("cross_evaluate", "train_reward_resnet.py", "--evaluate", "reward_checkpoints/best_model.pt",
                     "--data-path", "data_cpu", "--save-dir", "cross")
-            command("cross_stage_4", "ppo_resnet_reward.py", *cpu[:2], "--resume-dir", dense, "--num-iterations", 1, "--num-envs",
-                    16, "--num-eval-envs", 16)
+            command("cross_stage_4", "ppo_resnet_reward.py", *cpu[:2], "--resume-dir", dense, "--num-iterations", 1,
+                    "--num-envs", 16, "--num-eval-envs", 16)
             return "both ways"
 
     print("\n| check | result | s |\n|---|---|---|")

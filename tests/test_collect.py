@@ -309,8 +309,9 @@ def test_interrupted_and_resumed(tmp_path):
     assert process.returncode == 0 and "Traceback" not in err, err
     run_dir, = tmp_path.glob("logs/*-ppo_collect")
     to_go_on = re.search(r"To go on: (.*)", out)[1]
-    assert to_go_on == shlex.join(["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir",
-                                   str(policy), "--resume-dir", f"{run_dir.relative_to(tmp_path)}"])
+    assert to_go_on == shlex.join(
+        ["python", str(ROOT / "ppo_collect.py"), *SMALL, *command, "--num-procs", "2", "--resume-dir", str(policy),
+         "--resume-dir", f"{run_dir.relative_to(tmp_path)}"])
     first = digest(tmp_path / "data")
     step = max(int(p.name.rpartition("_")[2]) for p in run_dir.glob("checkpoints/*"))
     assert step > 1
@@ -401,7 +402,7 @@ def file_for_folder(tmp_path):
     (None, ["--num-envs", "1", "--num-procs", "2"], "too few --num-envs, --num-eval-envs or --num-steps for 2 processes"),
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
-    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "too few --num-envs, --num-eval-envs or --num-steps for 1 processes"),
+    (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "too few --num-envs, --num-eval-envs or --num-steps"),
     (None, ["--env-id", "NoSuchTask-v1", "--num-procs", "1"], "ManiSkill has no NoSuchTask-v1"),
     (None, ["--env-id", "StackPyramid-v1", "--num-procs", "1"], "and a dense reward"),
     (None, ["--control-mode", "by_hand", "--num-procs", "1"], "by_hand not in supported modes"),

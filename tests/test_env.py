@@ -137,7 +137,7 @@ def test_grasping_episodes(seed):
     pair, policy = Pair(4, seed), load_policy()
     grasped = successes = 0
     lifted = 0.0
-    for t in range(100):
+    for _ in range(100):
         with torch.no_grad():
             done, info = pair.step(policy.get_action_and_logprob(pair.obs)[0])
         grasped += info["is_grasped"].sum()

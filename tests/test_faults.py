@@ -249,7 +249,8 @@ def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
 def test_a_signal_to_torchrun_ends_a_run_in_order(tmp_path):
     """torchrun hands the signal on: the ranks leave a checkpoint and say how to go on. (torchrun's own exit code is 1.)"""
     args = [*PPO[2:], "--num-iterations", "1000", "--save-interval", "1000"]
-    process = start("ppo_dense", tmp_path, *args, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start("ppo_dense", tmp_path, *args, launcher=launcher)
     deadline = time.time() + 120
     while not list(tmp_path.glob("logs/*/events*")) and time.time() < deadline:
         time.sleep(0.1)

@@ -52,8 +52,8 @@ def dense_checkpoint(tmp_path):
     optimizer.step()
     for state in optimizer.state.values():
         state["step"].fill_(1000)
-    torch.save(dict(script="ppo_dense", task=TASK, agent=load_policy().state_dict(), optimizer=optimizer.state_dict(), global_step=100,
-                    env_steps=0), folder / "checkpoint.pt")
+    torch.save(dict(script="ppo_dense", task=TASK, agent=load_policy().state_dict(), optimizer=optimizer.state_dict(),
+                    global_step=100, env_steps=0), folder / "checkpoint.pt")
     return folder
 
 
@@ -183,7 +183,8 @@ def test_stage_4_renders_final_frames_only(tmp_path, monkeypatch):
     monkeypatch.setattr(BaseEnv, "render_rgb_array", lambda *args, **kwargs: pictures.append(1) or render(*args, **kwargs))
     for mode in ("episode_end", "always"):
         pictures.clear()
-        run("ppo_resnet_reward", tmp_path, "--resume-dir", dense_checkpoint(tmp_path / mode), "--reward-checkpoint", "model.pt",
+        start = dense_checkpoint(tmp_path / mode)
+        run("ppo_resnet_reward", tmp_path, "--resume-dir", start, "--reward-checkpoint", "model.pt",
             "--num-iterations", "2" if mode == "episode_end" else "1", "--num-envs", "4",
                      "--threshold", "1.0", "--reward-render-mode", mode, "--log-dir", mode, "--save-mistakes")
         run_dir, = (tmp_path / mode).glob("*-ppo_resnet_reward")
@@ -333,8 +334,8 @@ def test_a_policy_of_another_task_or_controller(tmp_path, script, flags):
 def test_stage_4_takes_everything_from_the_reward_model(tmp_path):
     """Task, camera, size and goal marker of the frames: the picture that stage 1 would take, and no flag for it."""
     data = tmp_path / "data"
-    run_script.run("ppo_collect", tmp_path, *SMALL[:-1], "--no-capture-video", "--env-id", "PushCube-v1", "--camera", "workspace",
-                   "--image-size", "160", "--no-show-goal-site", "--num-iterations", "1", "--sample-rate-fail", "0.1")
+    run("ppo_collect", tmp_path, "--env-id", "PushCube-v1", "--camera", "workspace",
+        "--image-size", "160", "--no-show-goal-site", "--num-iterations", "1", "--sample-rate-fail", "0.1")
     contract = json.loads((data / "metadata.json").read_text())
     model = random_reward_model(tmp_path / "model.pt")
     torch.save(torch.load(model, weights_only=True) | dict(contract=contract), model)

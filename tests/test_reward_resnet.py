@@ -52,7 +52,8 @@ def test_learns_easy_frames(data, tmp_path):
     assert report["frames"] == 128 and report["accuracy"] > 0.95
     (tmp_path / "other/metadata.json").write_text(json.dumps(dict(contract, control_mode="pd_ee_delta_pose", meshes="stock")))
     _, err = run(tmp_path, "--evaluate", "reward_checkpoints/best_model.pt", "--data-path", "other", code=2)
-    assert "control_mode is pd_joint_delta_pos there and pd_ee_delta_pose here" in err and "meshes is light there and stock here" in err
+    assert "control_mode is pd_joint_delta_pos there and pd_ee_delta_pose here" in err
+    assert "meshes is light there and stock here" in err
 
 
 def test_neither_class_nor_other_frames_outvote():
@@ -435,7 +436,8 @@ def broken_index(data):
 
 @pytest.mark.parametrize("prepare, says", [
     (tiny_metadata, "of a strange size"), (one_class, "two episodes of each class are needed; 0 have successes"),
-    (too_few, "two episodes of each class are needed; 1 have successes, 1 failures"), (truncated_png, "failure/0020.png is not a whole picture"),
+    (too_few, "two episodes of each class are needed; 1 have successes, 1 failures"),
+    (truncated_png, "failure/0020.png is not a whole picture"),
     (wrong_size, "success/0003.png is (64, 64) and metadata.json says (224, 224)"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"),
     (many_unusable, " files cannot be used: data/success/00"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
