@@ -1,6 +1,6 @@
 """Interruptions, crashes and damaged files: real processes, real signals, real files.
 
-    python -m pytest -q tests/test_faults.py                   # 3 kills of every stage
+    python -m pytest -q tests/test_faults.py                   # 2 kills of every stage
     FAULT_KILLS=10 python -m pytest -q -s tests/test_faults.py    # 30: 10 of each of the three stages
 """
 import csv
@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_collect import install_policy
 from test_resnet_reward import dense_checkpoint, random_reward_model
 
-KILLS = int(os.environ.get("FAULT_KILLS", 3))
+KILLS = int(os.environ.get("FAULT_KILLS", 2))
 PPO = ["--num-procs", "2", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "2", "--num-steps", "25",
        "--learning-rate", "1e-6", "--save-interval", "1", "--eval-freq", "1000", "--no-capture-video"]
 
@@ -52,7 +52,7 @@ def ranks_of(process):
 
 def kill_and_resume(rng, folder, begin, resume, has_begun):
     """Start with `begin()`, or `resume()` once `has_begun()`, and kill -9 the launcher or a rank at a random moment;
-    KILLS times, two in three of them while it trains, soon after it has written a checkpoint in `folder`, the others while it
+    KILLS times, half or more of them while it trains, soon after it has written a checkpoint in `folder`, the others while it
     starts. Nothing may survive the kill. Ends with a run that completes."""
     def checkpoints():
         return {(f, f.stat().st_mtime_ns) for f in folder.glob("**/*.pt")}
@@ -115,7 +115,7 @@ def check_events(folder, script, first, last):
 def test_kill_stage_1(tmp_path, seed):
     """Whatever is killed when: no frame is lost or damaged, no step runs backwards, and the last run completes."""
     rng, policy, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
-    iterations = 10 + 12 * KILLS
+    iterations = 10 + 10 * KILLS
     args = [*PPO, "--target-success", 20 + 10 * KILLS, "--target-failure", 10_000, "--sample-rate-fail", "0.05",
             "--num-iterations", iterations]
     seen, step = set(), 1
@@ -177,7 +177,7 @@ def test_kill_stage_2(data, tmp_path, seed):
 
 def test_kill_stage_4(tmp_path, seed):
     rng = random.Random(seed)
-    iterations = 10 + 12 * KILLS
+    iterations = 10 + 10 * KILLS
     args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes",
             "--num-iterations", iterations]
     first = dense_checkpoint(tmp_path)
@@ -217,8 +217,7 @@ def test_torchrun_starts_a_killed_rank_anew(tmp_path):
 
 @pytest.mark.parametrize("script, signum", [
     ("ppo_dense", signal.SIGINT), ("ppo_dense", signal.SIGTERM), ("ppo_dense", signal.SIGHUP),
-    ("ppo_resnet_reward", signal.SIGINT), ("ppo_resnet_reward", signal.SIGTERM),
-    ("train_reward_resnet", signal.SIGINT), ("train_reward_resnet", signal.SIGTERM)])
+    ("ppo_resnet_reward", signal.SIGTERM), ("train_reward_resnet", signal.SIGINT)])  # the handler is the same text
 def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
     """Exit code 0, a checkpoint, and a printed command that really goes on. (Stage 1: test_collect.py.)"""
     if script == "train_reward_resnet":
@@ -325,7 +324,7 @@ def test_fuzzed_files_of_stage_2(data, tmp_path, seed):
     originals = {f: f.read_bytes() for f in files}
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     rng, refused = random.Random(seed), 0
-    for _ in range(120):
+    for _ in range(60):
         file = rng.choice(files)
         file.write_bytes(flip_bytes(originals[file], rng))
         try:
@@ -336,7 +335,7 @@ def test_fuzzed_files_of_stage_2(data, tmp_path, seed):
             assert stop.code == 2
             refused += 1
         file.write_bytes(originals[file])
-    assert 20 < refused < 120
+    assert 10 < refused < 60
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
