@@ -46,9 +46,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT, GPU = Path(__file__).stem, torch.cuda.is_available()
-TORCHRUN = all(map(os.environ.get, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")))
-RANK, WORLD_SIZE = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
-DEVICE = torch.device(f"cuda:{int(os.environ['LOCAL_RANK']) if TORCHRUN else 0}" if GPU else "cpu")
+RANKS = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+RANK, LOCAL_RANK, WORLD_SIZE, TORCHRUN = map(int, RANKS) if all(RANKS) else (0, 0, 1, 0)  # or start_ranks'
+DEVICE = torch.device(f"cuda:{LOCAL_RANK % torch.cuda.device_count()}" if GPU else "cpu")
 BACKENDS = ("physx_cuda", "physx_cpu") if GPU else ("physx_cpu",)
 Share = NewType("Share", float)  # a number between 0 and 1
 
@@ -776,8 +776,7 @@ FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show
 
 @torch.no_grad()
 def evaluate(agent, envs):
-    """One episode a scene with the deterministic policy, always the same ones. Returns means over the ranks
-    (episode_len and return: until the first success), and a film of four scenes, (H, W, 3) uint8."""
+    """One episode a scene without noise, always the same: means over the ranks, a film (H, W, 3) uint8."""
     obs, _ = envs.reset(seed=1_000_000 + RANK)
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
@@ -865,8 +864,7 @@ def usable_cores() -> int:
 
 
 def start_ranks(args):
-    """On a CPU fork the ranks, which alone return. This process hands signals on, ends with the last of
-    them, and kills the others once one has failed; if it is killed, they are too."""
+    """Fork a CPU's ranks, which alone return. This process hands on signals; all die if it dies or one fails."""
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
     if min(args.num_envs, args.num_eval_envs, args.num_envs * args.num_steps // args.num_minibatches // 2) < num_ranks:
@@ -889,6 +887,8 @@ def start_ranks(args):
         RANK, WORLD_SIZE = len(pids) - 1, num_ranks
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    if GPU:
+        torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # else ranks begun anew wait for the dead
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0])

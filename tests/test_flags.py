@@ -113,7 +113,7 @@ def test_usable_cores(tmp_path, monkeypatch):
                                        dict(SLURM_PROCID="1", WORLD_SIZE="2", LOCAL_RANK="1")])
 def test_variables_of_batch_systems(tmp_path, variables):
     """Ranks are torchrun's when all of its variables are there; otherwise the script is alone."""
-    code = "import ppo_dense; print(ppo_dense.RANK, ppo_dense.WORLD_SIZE, ppo_dense.TORCHRUN)"
+    code = "import ppo_dense; print(ppo_dense.RANK, ppo_dense.WORLD_SIZE, bool(ppo_dense.TORCHRUN))"
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in names} | variables
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
