@@ -605,9 +605,8 @@ def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
         scalars["env/reward"] = sums["return"] / sums["episode_len"]
     for name, value in scalars.items():
         writer.add_scalar(name, value, global_step)
-    with contextlib.suppress(OSError):
-        bar.set_postfix_str(f"step {global_step}, success {sums['success_once'] / episodes:.0%}, "
-                            f"{scalars['charts/SPS']:.0f} env steps/s")
+    bar.set_postfix_str(f"step {global_step}, success {sums['success_once'] / episodes:.0%}, "
+                        f"{scalars['charts/SPS']:.0f} env steps/s")
 
 
 def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int, args, task: dict):
@@ -705,17 +704,33 @@ def on_stop_signal(handle):
             signal.signal(signum, lambda signum, _: handle(signum))
 
 
+class Output:
+    """sys.stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, AttributeError):
+            self.stream.flush()
+
+
 def say(text: str):
-    """Rank 0 prints; that nobody can read it any more (| tee) is no reason to end."""
-    with contextlib.suppress(OSError):
-        if RANK == 0:
-            tqdm.write(text)
+    if RANK == 0:
+        tqdm.write(text)
 
 
 def fail(message: str):
     """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
     time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -738,6 +753,7 @@ def make_run_dir(args, name: str = SCRIPT):
 
 def parse_args():
     """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))

@@ -14,6 +14,7 @@
 """
 import contextlib
 import csv
+import fcntl
 import functools
 import io
 import json
@@ -177,7 +178,7 @@ def train(args: Args, data: dict, contract: dict):
     if args.resume:
         state = load_last_model(folder / "last_model.pt", fixed, model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    _, writer = make_run_dir(args)
+    locked, (_, writer) = lock(folder), make_run_dir(args)
 
     stop_signals, patience = [], args.early_stopping_patience
     on_stop_signal(stop_signals.append)
@@ -242,6 +243,7 @@ def train(args: Args, data: dict, contract: dict):
     report, picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
+    locked.close()
     guessing = 0.5 + len(val_idx) ** -0.5  # two standard errors above a coin
     if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < guessing:
         say(f"warning: {folder / 'best_model.pt'} is hardly better than guessing: collect more frames")
@@ -326,30 +328,30 @@ def views_mirror(views: dict) -> bool:
     return np.allclose(poses, mirrored, atol=1e-3) and others == others[::-1]
 
 
-def upright(image):
+def read_picture(file: str):
     """As people see it: a telephone may have been turned. Damaged metadata does not matter."""
-    picture = image.convert("RGB")
-    with contextlib.suppress(Exception):
-        picture = ImageOps.exif_transpose(image).convert("RGB")
-    return picture
+    with Image.open(file, formats=["PNG", "JPEG"]) as image:
+        if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
+            raise ValueError(f"Pillow's mode {image.mode}")
+        picture = image.convert("RGB")
+        with contextlib.suppress(Exception):
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+        return picture
 
 
 def load_frames(files, contract: dict, model, progress: str):
     """Decode the pictures once: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole, of 8
-    bits a channel, as large as the contract says; headers are checked before memory is taken."""
+    bits a channel, as large as the contract says."""
     def decode(numbered):
         k, file = numbered[0], str(numbered[1])
         try:
-            with Image.open(file, formats=["PNG", "JPEG"]) as image:
-                size = contract.get("width", image.width), contract.get("height", image.height)
-                if image.size != size:
-                    return f"{file} is {image.size} and metadata.json says {size}"
-                if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
-                    return f"{file} does not have 8 bits a channel (Pillow's mode {image.mode})"
-                picture = upright(image)
+            picture = read_picture(file)
+            size = contract.get("width", picture.width), contract.get("height", picture.height)
+            if picture.size != size:
+                return f"{file} is {picture.size} and metadata.json says {size}"
             frames[k] = model.scale(torch.from_numpy(np.array(picture))[None])[0]
         except Exception as error:  # whatever Pillow makes of a damaged file
-            return f"{file} is not a whole picture ({str(error)[:80]})"
+            return f"{file} is not a whole picture of 8 bits a channel ({str(error)[:80]})"
 
     frames = torch.empty((len(files), model.input_size, model.input_size, 3), dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
@@ -382,8 +384,7 @@ def draw_mistakes(files, probs, labels, threshold: float, columns=6, rows=4, siz
     wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
     sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
     for k, i in enumerate(wrong):
-        with Image.open(files[i]) as image:
-            cell = upright(image).resize((size - 6, size - 6))
+        cell = read_picture(files[i]).resize((size - 6, size - 6))
         cell = ImageOps.expand(cell, 3, "#2a2" if labels[i] else "#c33")
         text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
         ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
@@ -448,6 +449,18 @@ def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
         fail(f"--resume: {path} cannot be gone on with ({str(error)[:150]!r})")
 
 
+# -------------------- lock
+
+def lock(folder: Path):
+    """One run at a time writes into it: for as long as this file is open."""
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        fail(f"another run writes into {folder}")
+
+
 # -------------------- contract
 
 def differences(theirs: dict, ours: dict) -> str:
@@ -491,17 +504,33 @@ def on_stop_signal(handle):
             signal.signal(signum, lambda signum, _: handle(signum))
 
 
+class Output:
+    """sys.stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, AttributeError):
+            self.stream.flush()
+
+
 def say(text: str):
-    """Rank 0 prints; that nobody can read it any more (| tee) is no reason to end."""
-    with contextlib.suppress(OSError):
-        if RANK == 0:
-            tqdm.write(text)
+    if RANK == 0:
+        tqdm.write(text)
 
 
 def fail(message: str):
     """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
     time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -524,6 +553,7 @@ def make_run_dir(args, name: str = SCRIPT):
 
 def parse_args():
     """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))

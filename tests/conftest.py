@@ -47,7 +47,7 @@ def frames(tmp_path_factory):
             episode[idx] += 16
             step[idx] = 0
             collector.file()
-    os.close(collector.folder.lock)  # others may write there
+    collector.folder.locked.close()  # others may write there
     return Path(args.save_dir)
 
 

@@ -213,7 +213,7 @@ def photograph_failures(tmp_path, steps=6):
         collector.photograph(envs, obs, info, terminated | truncated, 1, 2 * t, episode=torch.tensor([4, 5]),
                              step=torch.tensor([t, t]))
     collector.folder.file()
-    os.close(collector.folder.lock)
+    collector.folder.locked.close()
     return args, contract
 
 
@@ -261,20 +261,23 @@ def test_the_table_comes_between_new_and_replaced_frames(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(ppo_collect, "write_file", die)
             folder.file()
-        os.close(folder.lock)
+        folder.locked.close()
         with open(data / "index.csv") as f:
             assert all((data / row["file"]).exists() for row in csv.DictReader(f))
 
 
 def test_one_writer_at_a_time(tmp_path, capsys):
-    """A second run is refused by name; once the first ends, it may. (Mistakes lie in a run's own folder.)"""
+    """A second run is refused by name, also if it knows the folder by another; once the first ends, it may. (Mistakes lie
+    in a run's own folder.)"""
     args, contract = photograph_failures(tmp_path, steps=1)
-    folder = FrameCollector(args, contract).folder
-    with pytest.raises(SystemExit) as end:
-        FrameCollector(args, contract)
-    assert end.value.code == 2 and f"another run writes into {args.save_dir}" in capsys.readouterr().err
-    os.close(folder.lock)
-    os.close(FrameCollector(args, contract).folder.lock)
+    folder, path = FrameCollector(args, contract).folder, args.save_dir
+    os.symlink(path, tmp_path / "link")
+    for args.save_dir in (str(tmp_path / "link"), path):
+        with pytest.raises(SystemExit) as end:
+            FrameCollector(args, contract)
+        assert end.value.code == 2 and f"another run writes into {args.save_dir}" in capsys.readouterr().err
+    folder.locked.close()
+    FrameCollector(args, contract).folder.locked.close()
 
 
 def test_two_ranks_and_the_same_seed(tmp_path):

@@ -276,6 +276,15 @@ def test_nobody_reads_the_output(tmp_path):
     assert newest_step(tmp_path) > 0
 
 
+@pytest.mark.parametrize("output", [">/dev/full 2>&1", ">&- 2>&-"])
+def test_output_that_cannot_be_written(tmp_path, output):
+    """A log on a full disk, nothing to write to at all: the checkpoint is written all the same."""
+    args = ["--num-envs", "8", "--num-eval-envs", "2", "--num-procs", "1", "--num-iterations", "1", "--no-capture-video"]
+    command = shlex.join([sys.executable, str(ROOT / "ppo_dense.py"), *args])
+    result = subprocess.run(["sh", "-c", f"{command} {output}"], cwd=tmp_path, timeout=120)
+    assert result.returncode == 0 and newest_step(tmp_path) == 1
+
+
 def test_ctrl_c_ends_an_evaluation_at_once(tmp_path):
     """There is nothing to lose: within 2 seconds, without a word."""
     process = start("ppo_dense", tmp_path, "--resume-dir", ROOT / "tests/policy.pt", "--evaluate", "--num-procs", "1")

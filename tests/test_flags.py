@@ -1,5 +1,6 @@
 """What people type: numbers out of range, paths that mean something else, two runs at once."""
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -96,6 +97,39 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     assert "without --resume-dir" not in out
     out, _ = run("ppo_resnet_reward", tmp_path, *SMALL, "--reward-checkpoint", "reward_checkpoints")
     assert out.count("warning: without --resume-dir the policy") == 1
+
+
+@pytest.mark.parametrize("script", ["ppo_collect", "ppo_dense", "ppo_resnet_reward"])
+def test_no_two_seeds_or_ranks_see_the_same_scenes(tmp_path, monkeypatch, script):
+    """Nor does a run that goes on: with 2 seeds, 2 ranks and 2 global steps, 8 different first observations."""
+    module, seen = SCRIPTS[script], []
+
+    class Seen(Exception):
+        pass
+
+    class Envs(module.ManiSkillEnvs):
+        def reset(self, seed=None, options=None):
+            obs, info = super().reset(seed, options)
+            if seed:  # not the trial's
+                seen.append(obs)
+                raise Seen
+            return obs, info
+
+    monkeypatch.setattr(module, "ManiSkillEnvs", Envs)
+    monkeypatch.setattr(module, "sum_over_ranks", lambda sums: sums)
+    if script == "ppo_collect":  # what rank 0 says of an empty folder
+        monkeypatch.setattr(module, "gather", lambda value: [value if value == [] else (dict(success=0, failure=0), 0)])
+    checkpoint = torch.load(ROOT / "tests/policy.pt", weights_only=True)
+    more = dict(reward_model=None, contract=None) if script == "ppo_resnet_reward" else {}
+    oracle = dict(oracle=True) if more else {}
+    for seed, rank, step in itertools.product((1, 2), (0, 1), (0, 1)):
+        monkeypatch.setattr(module, "RANK", rank)
+        args = module.Args(seed=seed, num_envs=1, num_eval_envs=1, capture_video=False, log_dir=str(tmp_path), **oracle)
+        if script == "ppo_collect":
+            args.save_dir = str(tmp_path / f"{len(seen)}")
+        with pytest.raises(Seen):
+            module.train(args, checkpoint["task"], checkpoint | dict(script=script, global_step=step), **more)
+    assert len(seen) == len(torch.cat(seen).unique(dim=0)) == 8
 
 
 def test_usable_cores(tmp_path, monkeypatch):

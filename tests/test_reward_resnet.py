@@ -1,5 +1,6 @@
 """Stage 2: train_reward_resnet.py as people run it, on a small folder of real rendered frames."""
 import json
+import os
 import re
 import shutil
 import signal
@@ -101,6 +102,29 @@ def test_split_keeps_episodes_together(data):
     assert np.array_equal(split_by_episode(labels, episodes, 0.2, 3)[1], split_by_episode(labels, episodes, 0.2, 3)[1])
 
 
+def test_two_trainings_into_one_folder(data, tmp_path):
+    """The second is refused: best_model.pt would be of one and last_model.pt of the other."""
+    (tmp_path / "reward_checkpoints").mkdir()
+    locked = train_reward_resnet.lock(tmp_path / "reward_checkpoints")
+    _, err = run(tmp_path, code=2)
+    assert err.splitlines()[-1].endswith("another run writes into reward_checkpoints")
+    locked.close()
+
+
+def test_ctrl_c_while_pictures_are_decoded(data, tmp_path):
+    """There is nothing to lose: within 2 seconds, without a word."""
+    for file in data.glob("*/*.png"):
+        for copy in range(60):
+            (tmp_path / "many" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            os.link(file, tmp_path / "many" / file.parent.name / f"{copy}_{file.name}")
+    process = run_script.start("train_reward_resnet", tmp_path, "--data-path", "many")
+    while "decoding" not in process.stderr.read(20):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=2)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in err
+
+
 def test_several_folders(data, tmp_path):
     """Their episodes stay apart even where they have the same numbers; contracts must agree."""
     shutil.copytree(data, tmp_path / "other")
@@ -165,6 +189,19 @@ def test_tables_as_spreadsheets_and_pandas_write_them(data, tmp_path, yes, no, e
     assert (after["episodes"] == before["episodes"]).all()
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda table: table.replace(",", ";"), "row 2: KeyError: "),  # a spreadsheet in Europe
+    (lambda table: re.sub(r"(success,\d+,\d+),1,", r"\1,WAHR,", table), "KeyError: 'wahr'"),
+    (lambda table: table.replace("success/", "success\\"), "success\\0001.png is labelled success"),
+    (lambda table: table.replace("is_final", "final"), "KeyError: 'is_final'")])
+def test_tables_that_cannot_be_understood(data, capsys, change, says):
+    (data / "index.csv").write_text(change((data / "index.csv").read_text()))
+    with pytest.raises(SystemExit) as end:
+        read_data([str(data)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and says in err and "index.csv, row" in err and err.count("\n") == 1, err
+
+
 def test_rows_that_match_no_file(data, capsys):
     table = (data / "index.csv").read_text()
     (data / "index.csv").write_text(table.replace("success/00", "success/IMG_00"))
@@ -179,10 +216,12 @@ def test_damaged_metadata_of_a_whole_picture(data):
         picture = Image.fromarray(np.asarray(image))
     picture.save(data / "success/broken.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff and no more", quality=95)
     picture.save(data / "success/broken.png", exif=b"MM\0*\xff\xff")
+    jpg = (data / "success/broken.jpg").read_bytes()
+    (data / "success/photoshop.jpg").write_bytes(jpg[:2] + b"\xff\xed\0\x18Photoshop 3.0\0 8BIM\1\2" + jpg[2:] + b"and more")
     model = train_reward_resnet.RewardModel("resnet18", 32)
-    files = [data / "success/broken.jpg", data / "success/broken.png", data / "success/0001.png"]
+    files = [data / "success" / name for name in ("broken.jpg", "broken.png", "photoshop.jpg", "0001.png")]
     frames = train_reward_resnet.load_frames(files, {}, model, "decoding").float()
-    assert (frames[:2] - frames[2]).abs().mean() < 3
+    assert (frames[:-1] - frames[-1]).abs().mean() < 3
 
 
 def test_hardly_better_than_guessing(data, tmp_path):
@@ -441,7 +480,7 @@ def broken_index(data):
     (wrong_size, "success/0003.png is (64, 64) and metadata.json says (224, 224)"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"),
     (many_unusable, " files cannot be used: data/success/00"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
-    (sixteen_bits, "failure/0007.png does not have 8 bits a channel"),
+    (sixteen_bits, "failure/0007.png is not a whole picture of 8 bits a channel (Pillow's"),
     (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv, row 2"),
     (shutil.rmtree, "no frames in success/ or failure/"),
 ], ids=lambda x: getattr(x, "__name__", ""))
