@@ -15,6 +15,8 @@ import contextlib
 import csv
 import ctypes
 import fcntl
+import importlib
+import inspect
 import io
 import json
 import os
@@ -56,7 +58,8 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
-    env_id: str = "PickCube-v1"  # any ManiSkill task that reports `success` and has a dense reward
+    env_id: str = "PickCube-v1"  # with `success` and a dense reward; module:Task-v1 imports a module first
+    robot_uids: str = ""  # a robot that the task supports; none: the task's own
     control_mode: str = "pd_joint_delta_pos"  # ManiSkill controller of the arm
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
@@ -88,7 +91,7 @@ class Args:
     sample_rate_near_miss: Share = 0.05  # of the cube 2.5 to 5 cm from the goal (PickCube)
     save_dir: str = "data"  # folder of the frames; those in it count
     image_size: int = 224  # side of the frames in pixels
-    camera: Literal["auto", "goal", "workspace", "task"] = "auto"  # auto: goal, else task
+    camera: Literal["goal", "workspace", "task"] = "goal"  # of a task without a goal_site: task
     show_goal_site: bool = True  # show the goal marker
     meshes: Literal["light", "stock"] = "stock" if GPU else "light"  # light: fewer triangles
 
@@ -107,23 +110,20 @@ class FrameCollector:
         """Share of the targets; 1 ends the run."""
         return min(min(self.folder.counts[label] / self.targets[label], 1.0) for label in LABELS)
 
-    def photograph(self, envs, obs, info, done, global_step: int, env_steps: int, **counters):
+    def photograph(self, envs, info, done, global_step: int, env_steps: int, **counters):
         """Take the frames that the rates choose, before finished scenes are reset."""
         args = self.args
         rate = torch.where(done, max(args.sample_rate_fail, args.sample_rate_fail_final), args.sample_rate_fail)
-        if args.env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-            near = obs[:, -3:].norm(dim=1) <= 0.05
-            rate = torch.where(near, rate.clamp(min=args.sample_rate_near_miss), rate)
-        if "is_obj_placed" in info:  # the robot may still move: a picture cannot tell
-            rate[info["is_obj_placed"]] = 0.0
-        rate[info["success"]] = 0.0
+        near = cube_to_goal(envs).norm(dim=1) <= 0.05  # NaN is not
+        rate = torch.where(near, rate.clamp(min=args.sample_rate_near_miss), rate)
+        rate[info["success"] | info.get("is_obj_placed", False)] = 0.0  # else a picture cannot tell it from success
         self.newly_chosen += rate.sum(dtype=torch.float64)
         rate *= self.failure_share
         if self.folder.counts["success"] < args.target_success:
             rate[info["success"]] = args.sample_rate_success
         idx = (torch.rand(rate.shape, device=rate.device) < rate).nonzero().squeeze(-1)
         if len(idx):
-            rows = frame_rows(idx, obs, info, done, args.env_id, global_step, env_steps, **counters)
+            rows = frame_rows(idx, envs, info, done, global_step, env_steps, **counters)
             self.folder.add(envs.render_frames(idx), rows)
 
     def file(self):
@@ -299,8 +299,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
             env_steps += num_envs * WORLD_SIZE
             episode_len += 1
             episode_return += reward
-            collector.photograph(envs, current_obs, info, done, global_step, env_steps,
-                                 episode=episode_id, step=episode_len)
+            collector.photograph(envs, info, done, global_step, env_steps, episode=episode_id, step=episode_len)
             done_idx = done.nonzero().squeeze(-1)
             if len(done_idx):
                 finished["episodes"] += len(done_idx)
@@ -353,6 +352,26 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 
 # -------------------- scenes
 
+def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
+    """A task's names. As in gymnasium "module:Task-v1" imports the module first, also from the working directory;
+    a command may ask for that, never a file, which may be someone else's."""
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    module, _, env_id = env_id.rpartition(":")
+    sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module or "mani_skill.envs")
+        cls = REGISTERED_ENVS[env_id].cls
+    except Exception as error:  # whatever is in there
+        fail(f"there is no task {env_id} in {module or 'ManiSkill'}: {error!r}")
+    choice = inspect.signature(cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
+    robots = cls.SUPPORTED_ROBOTS if choice else []
+    if robot_uids and robots is not None and robot_uids not in robots:
+        fail(f"--robot-uids {robot_uids}: {env_id} has {', '.join(map(str, robots)) or 'a robot of its own'}")
+    robot_uids = robot_uids or (choice.default if choice else "")
+    return dict(env_id=env_id, robot_uids=robot_uids, control_mode=control_mode)
+
+
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
     dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
@@ -367,20 +386,22 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
                              view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
+    def refuse(question):  # every rank would ask whether to download files; the second word is whose
+        fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
+
     many = sim_backend == "physx_cpu" and not camera
+    chosen = {name: task[name] for name in ("robot_uids", "control_mode") if task[name]}
     try:
         cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
               patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
-              patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
-            env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
-                           obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
-                           sim_backend=sim_backend, render_backend=f"sapien_{DEVICE}" if camera else "none")
+              patch("mani_skill.utils.download_asset.prompt_yes_no", refuse)):
+            env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
+                           reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
+                           render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({error})"[:300])
-    except EOFError:
-        fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
+        fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
     except RuntimeError as error:
         fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
@@ -584,7 +605,7 @@ class ManiSkillEnvs(gym.Wrapper):
             *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
         except (RuntimeError, TypeError) as error:
-            fail(f"{' with '.join(task.values())} cannot be simulated as many scenes ({str(error)[:100]!r})")
+            fail(f"{task['env_id']} {task['control_mode']} cannot be simulated as many scenes ({str(error)[:100]!r})")
         if "success" not in info or not self.max_episode_steps:
             fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
@@ -633,13 +654,12 @@ def make_contract(args, task: dict, envs) -> dict:
     import mani_skill
     from mani_skill.sensors.camera import parse_camera_configs
 
-    has_goal, configs = hasattr(envs.unwrapped, "goal_site"), envs.unwrapped._default_human_render_camera_configs
-    if args.camera == "goal" and not has_goal:
-        fail(f"--camera goal: {task['env_id']} has no goal_site to move with")
-    views = CAMERAS.get("goal" if args.camera == "auto" and has_goal else args.camera) or {
+    camera = args.camera if hasattr(envs.unwrapped, "goal_site") or args.camera != "goal" else "task"
+    configs = envs.unwrapped._default_human_render_camera_configs
+    views = CAMERAS.get(camera) or {
         name: dict(pose=config.pose.raw_pose[0].double().round(decimals=5).tolist(), fov=float(config.fov))
         for name, config in parse_camera_configs(configs).items()}
-    return dict(format_version=3, **task, views=views, width=args.image_size, height=args.image_size,
+    return dict(format_version=4, **task, views=views, width=args.image_size, height=args.image_size,
                 meshes=args.meshes, show_goal_site=args.show_goal_site, mani_skill_version=mani_skill.__version__)
 
 
@@ -662,12 +682,15 @@ class FrameFolder:
         metadata, index = self.dir / "metadata.json", self.dir / "index.csv"
         for label in LABELS:
             (self.dir / label).mkdir(parents=True, exist_ok=True)
-        self.locked = lock(self.dir)
+        self.lock = open(self.dir / ".lock", "a")
         try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             known = {} if any(self.dir.glob("*/*.png")) else contract
             differing = differences(json.loads(metadata.read_text()) if metadata.exists() else known, contract)
             table = csv.DictReader(index.read_text().splitlines() if index.exists() else [])
             rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in table}
+        except BlockingIOError:
+            fail(f"another run writes into {self.dir}")
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
             fail(f"{metadata} or {index} is damaged: {error}")
         if differing:
@@ -713,18 +736,6 @@ class FrameFolder:
         return np.asarray(sheet)
 
 
-# -------------------- lock
-
-def lock(folder: Path):
-    """One run at a time writes into it: for as long as this file is open."""
-    file = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        fail(f"another run writes into {folder}")
-
-
 # -------------------- contract
 
 def differences(theirs: dict, ours: dict) -> str:
@@ -743,18 +754,23 @@ COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_s
            "is_obj_placed", "is_robot_static", "is_grasped")
 
 
-def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
+def cube_to_goal(envs):
+    """(N, 3) metres in the world, for tasks that have a `cube` and a `goal_site` as PickCube has; else NaN."""
+    try:
+        return envs.goal_site.pose.p - envs.cube.pose.p
+    except AttributeError:
+        return torch.full((envs.num_envs, 3), torch.nan, device=envs.device)
+
+
+def frame_rows(idx, envs, info, done, global_step: int, env_steps: int, **counters) -> list:
     """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters (N,): `episode`, `step`."""
     columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done, label=info["success"])
     table = torch.stack([values[idx].long() for values in columns.values()], 1).tolist()
     rows = [dict(zip(columns, row), global_step=global_step, env_steps=env_steps) for row in table]
-    for row in rows:
-        row["label"] = LABELS[not row["label"]]
-    if env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-        to_goal = obs[idx, -3:].double()
-        to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
-        for row, distances in zip(rows, to_goal.tolist()):
-            row.update(zip(("cube_to_goal", *TO_GOAL), distances))
+    to_goal = cube_to_goal(envs)[idx].double()
+    to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
+    for row, distances in zip(rows, to_goal.tolist()):
+        row.update(zip(("cube_to_goal", *TO_GOAL), distances), label=LABELS[not row["label"]])
     return rows
 
 
@@ -942,13 +958,12 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text: str):
+    def write(self, text: str = ""):
         with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, AttributeError):
             self.stream.flush()
+
+    flush = write
 
 
 def say(text: str):
@@ -996,7 +1011,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
     torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args = parse_args()
-    task = dict(env_id=args.env_id, control_mode=args.control_mode)
+    task = find_task(args.env_id, args.robot_uids, args.control_mode)
     checkpoint = load_checkpoint(args, task) if args.resume_dir else None
     start_ranks(args)
     try:

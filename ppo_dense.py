@@ -10,6 +10,8 @@
 import atexit
 import contextlib
 import ctypes
+import importlib
+import inspect
 import io
 import json
 import os
@@ -50,7 +52,8 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
-    env_id: str = "PickCube-v1"  # any ManiSkill task that reports `success` and has a dense reward
+    env_id: str = "PickCube-v1"  # with `success` and a dense reward; module:Task-v1 imports a module first
+    robot_uids: str = ""  # a robot that the task supports; none: the task's own
     control_mode: str = "pd_joint_delta_pos"  # ManiSkill controller of the arm
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
@@ -284,6 +287,26 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 
 # -------------------- scenes
 
+def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
+    """A task's names. As in gymnasium "module:Task-v1" imports the module first, also from the working directory;
+    a command may ask for that, never a file, which may be someone else's."""
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    module, _, env_id = env_id.rpartition(":")
+    sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module or "mani_skill.envs")
+        cls = REGISTERED_ENVS[env_id].cls
+    except Exception as error:  # whatever is in there
+        fail(f"there is no task {env_id} in {module or 'ManiSkill'}: {error!r}")
+    choice = inspect.signature(cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
+    robots = cls.SUPPORTED_ROBOTS if choice else []
+    if robot_uids and robots is not None and robot_uids not in robots:
+        fail(f"--robot-uids {robot_uids}: {env_id} has {', '.join(map(str, robots)) or 'a robot of its own'}")
+    robot_uids = robot_uids or (choice.default if choice else "")
+    return dict(env_id=env_id, robot_uids=robot_uids, control_mode=control_mode)
+
+
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
     dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
@@ -298,20 +321,22 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
                              view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
+    def refuse(question):  # every rank would ask whether to download files; the second word is whose
+        fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
+
     many = sim_backend == "physx_cpu" and not camera
+    chosen = {name: task[name] for name in ("robot_uids", "control_mode") if task[name]}
     try:
         cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
               patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
-              patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
-            env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
-                           obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
-                           sim_backend=sim_backend, render_backend=f"sapien_{DEVICE}" if camera else "none")
+              patch("mani_skill.utils.download_asset.prompt_yes_no", refuse)):
+            env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
+                           reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
+                           render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({error})"[:300])
-    except EOFError:
-        fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
+        fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
     except RuntimeError as error:
         fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
@@ -515,7 +540,7 @@ class ManiSkillEnvs(gym.Wrapper):
             *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
         except (RuntimeError, TypeError) as error:
-            fail(f"{' with '.join(task.values())} cannot be simulated as many scenes ({str(error)[:100]!r})")
+            fail(f"{task['env_id']} {task['control_mode']} cannot be simulated as many scenes ({str(error)[:100]!r})")
         if "success" not in info or not self.max_episode_steps:
             fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
@@ -713,13 +738,12 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text: str):
+    def write(self, text: str = ""):
         with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, AttributeError):
             self.stream.flush()
+
+    flush = write
 
 
 def say(text: str):
@@ -767,7 +791,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
     torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args = parse_args()
-    task = dict(env_id=args.env_id, control_mode=args.control_mode)
+    task = find_task(args.env_id, args.robot_uids, args.control_mode)
     checkpoint = load_checkpoint(args, task) if args.resume_dir else None
     start_ranks(args)
     try:

@@ -16,6 +16,8 @@ import contextlib
 import csv
 import ctypes
 import functools
+import importlib
+import inspect
 import io
 import json
 import os
@@ -59,6 +61,7 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
+    env_id: str = ""  # module:Task-v1 where a module has to be imported; none: the reward model's
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
     log_dir: str = "logs"  # parent of the runs' folders
@@ -148,12 +151,12 @@ class Audit:
     """What the simulator says of the ResNet's verdicts: counts, and frames that it got wrong."""
     COUNTS = ("true_positives", "false_positives", "false_negatives", "true_negatives")
 
-    def __init__(self, args: Args, contract: dict, num_envs: int, device):
+    def __init__(self, args: Args, contract: Optional[dict], num_envs: int, device):
         self.args, self.contract, self.rows, self.new = args, contract, [], []
         self.latest = deque(maxlen=24)
         self.wrong_before = torch.zeros(num_envs, dtype=torch.bool, device=device)  # this episode
 
-    def update(self, sums: dict, called_done, success, scored, frames, obs, info, done, *when, **counters):
+    def update(self, sums: dict, called_done, success, scored, frames, envs, info, done, *when, **counters):
         """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
         true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # there: ends only
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
@@ -166,7 +169,7 @@ class Audit:
         wrong = wrong.nonzero().squeeze(-1)
         if len(wrong) and frames is not None:
             self.wrong_before[scored[wrong]] = True
-            rows = frame_rows(scored[wrong], obs, info, done, self.contract["env_id"], *when, **counters)
+            rows = frame_rows(scored[wrong], envs, info, done, *when, **counters)
             self.new += zip(rows, map(to_png, frames[wrong].cpu()))
             self.latest.extend(frames[wrong].cpu().numpy())
         self.wrong_before &= ~done
@@ -317,7 +320,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     # Scenes: neither another rank nor another seed nor a run that goes on may repeat their episodes
     envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, None if args.oracle else contract)
     num_envs = envs.num_envs
-    audit = Audit(args, contract or task, num_envs, device)
+    audit = Audit(args, contract, num_envs, device)
     seed = int(np.random.SeedSequence([args.seed, global_step, RANK]).generate_state(1)[0])
     torch.manual_seed(seed)
     current_obs, _ = envs.reset(seed=seed)
@@ -366,7 +369,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             if args.reward_mode == "replace":  # an end that is paid is one, else it would pay twice
                 terminal[step] = done & ((reward > 0) | (args.done_by == "time"))
 
-            audit.update(sums, called_done, success, scored, frames, current_obs, info, done,
+            audit.update(sums, called_done, success, scored, frames, envs, info, done,
                          global_step, env_steps, episode=episode_id, step=episode_len)
             episode_once |= success
             episode_return += reward
@@ -426,6 +429,26 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 
 # -------------------- scenes
 
+def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
+    """A task's names. As in gymnasium "module:Task-v1" imports the module first, also from the working directory;
+    a command may ask for that, never a file, which may be someone else's."""
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    module, _, env_id = env_id.rpartition(":")
+    sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module or "mani_skill.envs")
+        cls = REGISTERED_ENVS[env_id].cls
+    except Exception as error:  # whatever is in there
+        fail(f"there is no task {env_id} in {module or 'ManiSkill'}: {error!r}")
+    choice = inspect.signature(cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
+    robots = cls.SUPPORTED_ROBOTS if choice else []
+    if robot_uids and robots is not None and robot_uids not in robots:
+        fail(f"--robot-uids {robot_uids}: {env_id} has {', '.join(map(str, robots)) or 'a robot of its own'}")
+    robot_uids = robot_uids or (choice.default if choice else "")
+    return dict(env_id=env_id, robot_uids=robot_uids, control_mode=control_mode)
+
+
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
     dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
@@ -440,20 +463,22 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
                              view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
+    def refuse(question):  # every rank would ask whether to download files; the second word is whose
+        fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
+
     many = sim_backend == "physx_cpu" and not camera
+    chosen = {name: task[name] for name in ("robot_uids", "control_mode") if task[name]}
     try:
         cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
         with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
               patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
-              patch("sys.stdin", io.StringIO())):  # it would ask whether to download files
-            env = gym.make(task["env_id"], control_mode=task["control_mode"], num_envs=num_envs,
-                           obs_mode="state", reward_mode="normalized_dense", reconfiguration_freq=0,
-                           sim_backend=sim_backend, render_backend=f"sapien_{DEVICE}" if camera else "none")
+              patch("mani_skill.utils.download_asset.prompt_yes_no", refuse)):
+            env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
+                           reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
+                           render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"ManiSkill has no {' with '.join(task.values())} and a dense reward ({error})"[:300])
-    except EOFError:
-        fail(f"files are missing: python -m mani_skill.utils.download_asset {task['env_id']}")
+        fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
     except RuntimeError as error:
         fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
@@ -657,7 +682,7 @@ class ManiSkillEnvs(gym.Wrapper):
             *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
         except (RuntimeError, TypeError) as error:
-            fail(f"{' with '.join(task.values())} cannot be simulated as many scenes ({str(error)[:100]!r})")
+            fail(f"{task['env_id']} {task['control_mode']} cannot be simulated as many scenes ({str(error)[:100]!r})")
         if "success" not in info or not self.max_episode_steps:
             fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
@@ -699,18 +724,23 @@ COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_s
            "is_obj_placed", "is_robot_static", "is_grasped")
 
 
-def frame_rows(idx, obs, info, done, env_id: str, global_step: int, env_steps: int, **counters) -> list:
+def cube_to_goal(envs):
+    """(N, 3) metres in the world, for tasks that have a `cube` and a `goal_site` as PickCube has; else NaN."""
+    try:
+        return envs.goal_site.pose.p - envs.cube.pose.p
+    except AttributeError:
+        return torch.full((envs.num_envs, 3), torch.nan, device=envs.device)
+
+
+def frame_rows(idx, envs, info, done, global_step: int, env_steps: int, **counters) -> list:
     """Rows of index.csv, but for the file, of the scenes `idx` (K,); counters (N,): `episode`, `step`."""
     columns = {key: info[key] for key in COLUMNS if key in info} | counters | dict(is_final=done, label=info["success"])
     table = torch.stack([values[idx].long() for values in columns.values()], 1).tolist()
     rows = [dict(zip(columns, row), global_step=global_step, env_steps=env_steps) for row in table]
-    for row in rows:
-        row["label"] = LABELS[not row["label"]]
-    if env_id == "PickCube-v1":  # its observation ends with the vector from the cube to the goal
-        to_goal = obs[idx, -3:].double()
-        to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
-        for row, distances in zip(rows, to_goal.tolist()):
-            row.update(zip(("cube_to_goal", *TO_GOAL), distances))
+    to_goal = cube_to_goal(envs)[idx].double()
+    to_goal = torch.cat([to_goal.norm(dim=1, keepdim=True), to_goal], 1).round(decimals=5)
+    for row, distances in zip(rows, to_goal.tolist()):
+        row.update(zip(("cube_to_goal", *TO_GOAL), distances), label=LABELS[not row["label"]])
     return rows
 
 
@@ -747,7 +777,7 @@ def load_reward_model(path: str, device):
     path = Path(path, "best_model.pt") if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["contract"].get("format_version") != 3:
+        if checkpoint["contract"].get("format_version") != 4:
             raise ValueError("it is of another version of the project: train it anew")
         model = RewardModel(checkpoint["arch"], checkpoint["input_size"])
         model.load_state_dict(checkpoint["model"])
@@ -923,13 +953,12 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text: str):
+    def write(self, text: str = ""):
         with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, AttributeError):
             self.stream.flush()
+
+    flush = write
 
 
 def say(text: str):
@@ -981,12 +1010,15 @@ if __name__ == "__main__":
         reward_model, contract = load_reward_model(args.reward_checkpoint, DEVICE)
         if "env_id" not in contract:
             fail(f"{args.reward_checkpoint} was trained on anyone's pictures, not on frames of a ManiSkill task")
-    task = contract and {key: contract[key] for key in ("env_id", "control_mode")}  # else the policy's own
+    task = contract and {name: contract[name] for name in ("env_id", "robot_uids", "control_mode")}
     checkpoint = load_checkpoint(args, task) if args.resume_dir or not task else None
     if checkpoint is None:
         say(f"{SCRIPT}: warning: without --resume-dir the policy will hardly ever reach what the ResNet pays for")
+    task = task or checkpoint["task"]
+    if args.env_id and find_task(**task | dict(env_id=args.env_id)) != task:
+        fail(f"--env-id {args.env_id}: the reward model or the policy is of {task['env_id']}")
     start_ranks(args)
     try:
-        train(args, task or checkpoint["task"], checkpoint, reward_model, contract)
+        train(args, task, checkpoint, reward_model, contract)
     except OSError as error:
         fail(f"{error}; what was written before is whole: mend that, then resume")

@@ -59,12 +59,13 @@ class Args:
     input_size: int = 224 if GPU else 112  # side in pixels to which frames are scaled
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
     epochs: int = 100 if GPU else 14  # passes over the frames at most
+    epoch_frames: int = 1000  # at least, in an epoch: fewer frames are shown several times
     batch_size: int = 64 if GPU else 32  # frames in one step
     lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
     threshold: Share = 0.5  # above which the reports count a frame as done
-    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side
+    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side; more with few frames
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # frames below this are shown in every sixth epoch only
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -106,17 +107,17 @@ class RewardModel(nn.Module):
             return torch.cat([self(self.scale(f.to(device)))[0].sigmoid() for f in frames.split(batch_size)])
 
 
-def augment(frames, cm, args, flip: bool):
+def augment(frames, cm, shift: float, color_jitter: float, flip: bool):
     """Shift (B, S, S, 3) uint8 frames, make them brighter or darker, flip half of them left to right,
     which is the scene mirrored in y, with their (B, 3) vectors: cube and goal stay where they are."""
     x, u = frames.permute(0, 3, 1, 2).float(), 2 * torch.rand(5, len(frames), device=frames.device) - 1
     side = torch.where((u[4] < 0) & flip, -1.0, 1.0)
     affine = torch.eye(2, 3, device=frames.device).repeat(len(frames), 1, 1)
     affine[:, 0, 0] = side
-    affine[:, :, 2] = 2 * args.random_shift * u[:2].T
+    affine[:, :, 2] = 2 * shift * u[:2].T
     grid = nn.functional.affine_grid(affine, x.shape, align_corners=False)
     x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    brightness, contrast = (args.color_jitter * u[2:4])[:, :, None, None, None]
+    brightness, contrast = (color_jitter * u[2:4])[:, :, None, None, None]
     x = x * (1 + contrast) + x.mean((1, 2, 3), keepdim=True) * (brightness - contrast)
     return x.permute(0, 2, 3, 1), torch.stack([cm[:, 0], cm[:, 1] * side, cm[:, 2]], 1)
 
@@ -169,6 +170,8 @@ def train(args: Args, data: dict, contract: dict):
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
     frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
+    repeats = -(-args.epoch_frames // len(train_idx))  # in an epoch; what is shown more often is changed more
+    shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 
     # Where an interrupted training stopped
@@ -178,7 +181,12 @@ def train(args: Args, data: dict, contract: dict):
     if args.resume:
         state = load_last_model(folder / "last_model.pt", fixed, model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    locked, (_, writer) = lock(folder), make_run_dir(args)
+    lock = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run writes into {folder}")
+    _, writer = make_run_dir(args)
 
     stop_signals, patience = [], args.early_stopping_patience
     on_stop_signal(stop_signals.append)
@@ -188,8 +196,9 @@ def train(args: Args, data: dict, contract: dict):
 
         # Train
         model.train()
-        order, frame_losses = torch.randperm(len(train_idx)), state["frame_losses"].to(DEVICE, copy=True)
-        easy = state["frame_losses"][order] < args.easy_loss
+        order = torch.cat([torch.randperm(len(train_idx)) for _ in range(repeats)])
+        frame_losses = state["frame_losses"].to(DEVICE, copy=True)
+        easy = (state["frame_losses"][order] < args.easy_loss) & (repeats == 1)
         order = order[~easy | (easy.cumsum(0) % 6 == 1)]
         batches = order.tensor_split(max(1, len(order) // args.batch_size))
         for step, batch in enumerate(tqdm(batches, f"epoch {epoch}", unit="step", leave=False)):
@@ -197,7 +206,8 @@ def train(args: Args, data: dict, contract: dict):
                 break
             for group in optimizer.param_groups:  # large first steps may kill every ReLU of the head
                 group["lr"] = args.lr * ((step + 1) / len(batches) if epoch == 1 else 1 - (epoch - 1) / args.epochs)
-            x, to_goal_cm = augment(train_frames[batch].to(DEVICE), train_cm[batch].to(DEVICE), args, flip)
+            x, to_goal_cm = augment(
+                train_frames[batch].to(DEVICE), train_cm[batch].to(DEVICE), shift, args.color_jitter, flip)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast_bf16(DEVICE.type)):
                 logits, cm = model(x)
             losses = nn.functional.binary_cross_entropy_with_logits(
@@ -243,7 +253,7 @@ def train(args: Args, data: dict, contract: dict):
     report, picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
-    locked.close()
+    lock.close()
     guessing = 0.5 + len(val_idx) ** -0.5  # two standard errors above a coin
     if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < guessing:
         say(f"warning: {folder / 'best_model.pt'} is hardly better than guessing: collect more frames")
@@ -255,8 +265,8 @@ def train(args: Args, data: dict, contract: dict):
 
 # -------------------- data
 
-PICTURES = dict(format_version=3, source="pictures")  # anyone's own
-KINDS = ("ends an episode", "near miss", "ambiguous", "other")
+PICTURES = dict(format_version=4, source="pictures")  # anyone's own
+KINDS = ("ends an episode", "near miss", "other")
 LABELS = ("success", "failure")
 FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no", "", "nan"), False)
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
@@ -276,10 +286,9 @@ def read_data(data_path):
     if not rows:
         fail(f"{' '.join(data_path)}: no frames in success/ or failure/")
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    labels, placed = columns["labels"], columns.pop("placed")
     _, columns["episodes"] = np.unique(columns["episodes"], return_inverse=True)
-    near = np.linalg.norm(columns["to_goal"], axis=1) <= 0.05
-    kinds = [columns.pop("final"), ~labels & ~placed & near, ~labels & placed]
+    near = ~columns["labels"] & (np.linalg.norm(columns["to_goal"], axis=1) <= 0.05)
+    kinds = [columns.pop("final"), near]
     kinds.append(~np.any(kinds, axis=0))
     return columns | dict(kinds=dict(zip(KINDS, kinds))), contracts[0]
 
@@ -292,14 +301,14 @@ def read_folder(folder: Path):
             contract = PICTURES
         else:
             views_mirror(contract["views"])  # can be read
-            if contract["format_version"] != 3 or not 32 <= contract["width"] <= 4096:
+            if contract["format_version"] != 4 or not 32 <= contract["width"] <= 4096:
                 raise ValueError("it is of another version of the project, or of a strange size")
         with open(index, newline="", encoding="utf-8-sig") if index.exists() else io.StringIO() as table:
             for row in csv.DictReader(table):
                 to_goal = [float(row.get(axis) or "nan") for axis in TO_GOAL]
                 rows[row["file"]] = dict(
                     episodes=f"{folder} {int(float(row['episode']))}", final=FLAGS[row["is_final"].lower()],
-                    placed=FLAGS[(row.get("is_obj_placed") or "").lower()], to_goal=to_goal)
+                    to_goal=to_goal)
                 if not row["file"].startswith(row["label"] + "/"):
                     raise ValueError(f"{row['file']} is labelled {row['label']}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
@@ -310,7 +319,7 @@ def read_folder(folder: Path):
                 continue
             if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
                 fail(f"{file} is neither a PNG nor a JPEG")
-            own = dict(episodes=str(file), final=False, placed=False, to_goal=[np.nan] * 3)
+            own = dict(episodes=str(file), final=False, to_goal=[np.nan] * 3)
             row = rows.pop(f"{label}/{file.name}", own)
             found.append(row | dict(files=str(file), labels=label == "success"))
     if rows:
@@ -449,18 +458,6 @@ def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
         fail(f"--resume: {path} cannot be gone on with ({str(error)[:150]!r})")
 
 
-# -------------------- lock
-
-def lock(folder: Path):
-    """One run at a time writes into it: for as long as this file is open."""
-    file = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        fail(f"another run writes into {folder}")
-
-
 # -------------------- contract
 
 def differences(theirs: dict, ours: dict) -> str:
@@ -484,7 +481,7 @@ def load_reward_model(path: str, device):
     path = Path(path, "best_model.pt") if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["contract"].get("format_version") != 3:
+        if checkpoint["contract"].get("format_version") != 4:
             raise ValueError("it is of another version of the project: train it anew")
         model = RewardModel(checkpoint["arch"], checkpoint["input_size"])
         model.load_state_dict(checkpoint["model"])
@@ -513,13 +510,12 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text: str):
+    def write(self, text: str = ""):
         with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, AttributeError):
             self.stream.flush()
+
+    flush = write
 
 
 def say(text: str):

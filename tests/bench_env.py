@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ppo_collect import CAMERAS, FILM_VIEWS, Agent, Args, ManiSkillEnvs  # noqa: E402
+from ppo_collect import CAMERAS, FILM_VIEWS, Agent, Args, ManiSkillEnvs, find_task  # noqa: E402
 
 POLICY = Path(__file__).with_name("policy.pt")
 
 
 def make(env_id, num_envs, camera=None):
-    task = dict(env_id=env_id, control_mode="pd_joint_delta_pos")
+    task = find_task(env_id, "", "pd_joint_delta_pos")
     return ManiSkillEnvs(Args(sim_backend="physx_cpu"), task, num_envs, camera)
 
 

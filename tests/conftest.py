@@ -40,14 +40,14 @@ def frames(tmp_path_factory):
         info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
         step += 1
         if len(collector.folder.pending) < 200:
-            collector.photograph(envs, obs, info, done, 1, 0, episode=episode, step=step)
+            collector.photograph(envs, info, done, 1, 0, episode=episode, step=step)
         if done.any():
             idx = done.nonzero().squeeze(-1)
             obs, _ = envs.reset(options=dict(env_idx=idx))
             episode[idx] += 16
             step[idx] = 0
             collector.file()
-    collector.folder.locked.close()  # others may write there
+    collector.folder.lock.close()  # others may write there
     return Path(args.save_dir)
 
 

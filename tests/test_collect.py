@@ -22,7 +22,7 @@ import torch
 from mani_skill.utils.sapien_utils import look_at
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_env import CAMERA, ROOT, TASK, Pair, load_policy, make
+from test_env import CAMERA, ROOT, TASK, Pair, find, load_policy, make
 
 import ppo_collect
 from ppo_collect import FrameCollector, make_scenes
@@ -31,7 +31,7 @@ Args = functools.partial(ppo_collect.Args, meshes="light")  # as on a CPU by def
 
 
 def make_contract(args, **task):
-    return ppo_collect.make_contract(args, TASK | task, make(1, **task))
+    return ppo_collect.make_contract(args, find(**task), make(1, **task))
 
 
 SMALL = ["--num-eval-envs", "2", "--no-capture-video"]
@@ -111,7 +111,7 @@ def test_labels_and_pixels_agree_with_stock_maniskill(tmp_path):
 
     collector = FrameCollector(args, make_contract(args))
     drive(lambda pair, info, done, episode, step: collector.photograph(
-        pair.envs, pair.obs, info, done, 1, 0, episode=episode, step=step))
+        pair.envs, info, done, 1, 0, episode=episode, step=step))
     collector.folder.file()
     rows = check_folder(tmp_path / "data", **collector.folder.counts, dense=False)
     assert collector.folder.counts["success"] >= 3 and collector.folder.counts["failure"] >= 10
@@ -152,7 +152,7 @@ def test_cameras():
 
     assert views() == views(camera="goal") == ppo_collect.CAMERAS["goal"] != views(camera="workspace")
     assert views("PushCube-v1", camera="workspace") == ppo_collect.CAMERAS["workspace"]
-    task, = views("PushCube-v1").values()
+    task, = views("PushCube-v1").values()  # it has no goal_site to move with
     assert task == views("PushCube-v1", camera="task")["render_camera"] and task["fov"] == 1.0
     assert look_at([0.6, 0.7, 0.6], [0, 0, 0.35]).raw_pose[0].tolist() == pytest.approx(task["pose"], abs=1e-5)
 
@@ -178,7 +178,7 @@ def test_which_frames_are_chosen(tmp_path, rates, chosen):
         done = terminated | truncated
         mask = chosen(info["success"], info["is_obj_placed"], obs[:, -3:].norm(dim=1) <= 0.05, done)
         expected |= {(i, t) for i in mask.nonzero().squeeze(-1).tolist()}
-        collector.photograph(envs, obs, info, done, 1, 4 * t, episode=torch.arange(4), step=torch.full((4,), t))
+        collector.photograph(envs, info, done, 1, 4 * t, episode=torch.arange(4), step=torch.full((4,), t))
     assert {(row["episode"], row["step"]) for row, _ in collector.folder.pending} == expected != set()
 
 
@@ -190,7 +190,7 @@ def test_failures_ahead_of_the_successes(tmp_path):
     collector = FrameCollector(args, make_contract(args))
     for t in range(1, 41):
         done, info = pair.step(torch.rand(2, 8) * 2 - 1)
-        collector.photograph(pair.envs, pair.obs, info, done, (t - 1) // 10 + 1, 2 * t, episode=torch.tensor([0, 1]),
+        collector.photograph(pair.envs, info, done, (t - 1) // 10 + 1, 2 * t, episode=torch.tensor([0, 1]),
                              step=torch.tensor([t, t]))
         if t % 10 == 0:
             collector.file()
@@ -210,10 +210,10 @@ def photograph_failures(tmp_path, steps=6):
     collector = FrameCollector(args, contract)
     for t in range(1, steps + 1):
         obs, _, terminated, truncated, info = envs.step(torch.zeros(2, 8))
-        collector.photograph(envs, obs, info, terminated | truncated, 1, 2 * t, episode=torch.tensor([4, 5]),
+        collector.photograph(envs, info, terminated | truncated, 1, 2 * t, episode=torch.tensor([4, 5]),
                              step=torch.tensor([t, t]))
     collector.folder.file()
-    collector.folder.locked.close()
+    collector.folder.lock.close()
     return args, contract
 
 
@@ -261,7 +261,7 @@ def test_the_table_comes_between_new_and_replaced_frames(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(ppo_collect, "write_file", die)
             folder.file()
-        folder.locked.close()
+        folder.lock.close()
         with open(data / "index.csv") as f:
             assert all((data / row["file"]).exists() for row in csv.DictReader(f))
 
@@ -276,8 +276,8 @@ def test_one_writer_at_a_time(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             FrameCollector(args, contract)
         assert end.value.code == 2 and f"another run writes into {args.save_dir}" in capsys.readouterr().err
-    folder.locked.close()
-    FrameCollector(args, contract).folder.locked.close()
+    folder.lock.close()
+    FrameCollector(args, contract).folder.lock.close()
 
 
 def test_two_ranks_and_the_same_seed(tmp_path):
@@ -406,10 +406,9 @@ def file_for_folder(tmp_path):
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
     (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "too few --num-envs, --num-eval-envs or --num-steps"),
-    (None, ["--env-id", "NoSuchTask-v1", "--num-procs", "1"], "ManiSkill has no NoSuchTask-v1"),
-    (None, ["--env-id", "StackPyramid-v1", "--num-procs", "1"], "and a dense reward"),
+    (None, ["--env-id", "NoSuchTask-v1", "--num-procs", "1"], "there is no task NoSuchTask-v1 in ManiSkill"),
+    (None, ["--env-id", "StackPyramid-v1", "--num-procs", "1"], "with a dense reward"),
     (None, ["--control-mode", "by_hand", "--num-procs", "1"], "by_hand not in supported modes"),
-    (None, ["--env-id", "PushCube-v1", "--camera", "goal", "--num-procs", "1"], "PushCube-v1 has no goal_site"),
     (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint"),
     (None, ["--resume-dir", str(ROOT / "tests/policy.pt"), "--env-id", "PushCube-v1"], "PickCube-v1"),
     (None, ["--resume-dir", str(ROOT / "tests/policy.pt"), "--control-mode", "pd_joint_pos"], "pd_joint_delta_pos"),
@@ -417,7 +416,7 @@ def file_for_folder(tmp_path):
     (truncated_checkpoint, ["--resume-dir", "ckpt"], "--resume-dir ckpt: no checkpoint"),
     (broken_metadata, ["--num-procs", "1"], "metadata.json"),
     (other_metadata, ["--num-procs", "1"], "width is 64 there and 224 here"),
-    (frames_of_before, ["--num-procs", "1"], "format_version is 2 there and 3 here"),
+    (frames_of_before, ["--num-procs", "1"], "format_version is 2 there and 4 here"),
     (frames_without_metadata, ["--num-procs", "1"], "env_id is None there and PickCube-v1 here"),
     (broken_index, ["--num-procs", "1"], "index.csv is damaged"),
     (file_for_folder, ["--num-procs", "1"], "data"),

@@ -100,9 +100,9 @@ def test_args_common_to_the_ppo_scripts():
     dense.pop("stop_at_success")
     for other in ("ppo_collect", "ppo_resnet_reward"):
         theirs = flags(other)
-        assert dense.keys() - theirs.keys() == ({"env_id", "control_mode"} if other == "ppo_resnet_reward" else set())
+        assert dense.keys() - theirs.keys() == ({"robot_uids", "control_mode"} if other == "ppo_resnet_reward" else set())
         differing = {name for name in dense.keys() & theirs.keys() if dense[name] != theirs[name]}
-        assert differing <= {"num_envs", "num_steps", "num_iterations", "num_minibatches", "learning_rate", "gamma",
+        assert differing <= {"env_id", "num_envs", "num_steps", "num_iterations", "num_minibatches", "learning_rate", "gamma",
                              "gae_lambda", "clip_coef", "target_kl"}, differing
 
 

@@ -13,16 +13,22 @@ from run_script import ROOT
 
 sys.path.insert(0, str(ROOT))
 import ppo_collect  # noqa: E402
-from ppo_collect import Agent, Args, ManiSkillEnvs, compute_gae  # noqa: E402
+from ppo_collect import Agent, Args, ManiSkillEnvs, compute_gae, find_task  # noqa: E402
 
 TOLERANCE = 1e-6
 CAMERA = dict(views=ppo_collect.CAMERAS["goal"], width=224, height=224, shader_pack="minimal", meshes="light",
               show_goal_site=True)
-TASK = dict(env_id="PickCube-v1", control_mode="pd_joint_delta_pos")
+
+
+def find(env_id="PickCube-v1", robot_uids="", control_mode="pd_joint_delta_pos"):
+    return find_task(env_id, robot_uids, control_mode)
+
+
+TASK = find()
 
 
 def make(num_envs, camera=None, **task):
-    return ManiSkillEnvs(Args(sim_backend="physx_cpu"), TASK | task, num_envs, camera)
+    return ManiSkillEnvs(Args(sim_backend="physx_cpu"), find(**task), num_envs, camera)
 
 
 def make_stock(env_id="PickCube-v1", control_mode="pd_joint_delta_pos", **kwargs):
@@ -187,10 +193,10 @@ def test_objects_that_differ():
 
 
 @pytest.mark.parametrize("env_id, says", [
-    ("NoSuchTask-v1", "ManiSkill has no NoSuchTask-v1"), ("CartPole-v1", "ManiSkill has no CartPole-v1"),
-    ("StackPyramid-v1", "and a dense reward"), ("MS-CartpoleBalance-v1", "reports no success"),
+    ("NoSuchTask-v1", "there is no task NoSuchTask-v1 in ManiSkill"), ("CartPole-v1", "there is no task CartPole-v1"),
+    ("StackPyramid-v1", "with a dense reward"), ("MS-CartpoleBalance-v1", "reports no success"),
     ("TwoRobotPickCube-v1", "takes Dict actions"),
-    ("RotateValveLevel0-v1", "RotateValveLevel0-v1 with pd_joint_delta_pos cannot be simulated as many scenes"),
+    ("RotateValveLevel0-v1", "RotateValveLevel0-v1 pd_joint_delta_pos cannot be simulated as many scenes"),
     ("PickSingleYCB-v1", "files are missing: python -m mani_skill.utils.download_asset PickSingleYCB-v1")])
 def test_tasks_that_are_refused(env_id, says, capsys):
     with pytest.raises(SystemExit) as exit:

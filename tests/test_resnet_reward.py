@@ -19,7 +19,7 @@ import ppo_resnet_reward
 import train_reward_resnet
 from ppo_resnet_reward import Args, RewardModel, resnet_reward
 
-CONTRACT = dict(format_version=3, **TASK, **CAMERA, mani_skill_version=importlib.metadata.version("mani_skill"))
+CONTRACT = dict(format_version=4, **TASK, **CAMERA, mani_skill_version=importlib.metadata.version("mani_skill"))
 SMALL = ["--num-procs", "1", "--num-envs", "8", "--num-eval-envs", "2", "--num-minibatches", "4", "--no-capture-video"]
 
 
@@ -319,15 +319,16 @@ def test_nobody_ends_episodes(tmp_path):
 
 
 @pytest.mark.parametrize("script, flags", [("ppo_dense", ["--env-id", "PullCube-v1"]),
-                                           ("ppo_collect", ["--control-mode", "pd_joint_pos"]), ("ppo_resnet_reward", [])])
-def test_a_policy_of_another_task_or_controller(tmp_path, script, flags):
+                                           ("ppo_collect", ["--control-mode", "pd_joint_pos"]),
+                                           ("ppo_dense", ["--robot-uids", "so100"]), ("ppo_resnet_reward", [])])
+def test_a_policy_of_another_task_robot_or_controller(tmp_path, script, flags):
     """Refused by name before anything is built; stage 4's task is the reward model's."""
     model = random_reward_model(tmp_path / "model.pt", env_id="PushCube-v1")
     flags += ["--reward-checkpoint", model] if script == "ppo_resnet_reward" else []
     _, err = run(script, tmp_path, "--resume-dir", dense_checkpoint(tmp_path), *flags, code=2)
     line = err.splitlines()[-1]
     other = flags[-1] if script != "ppo_resnet_reward" else "PushCube-v1"
-    assert "is of {'env_id': 'PickCube-v1', 'control_mode': 'pd_joint_delta_pos'}" in line and other in line
+    assert "is of {'env_id': 'PickCube-v1', 'robot_uids': 'panda', 'control_mode': 'pd_joint_" in line and other in line
     assert not (tmp_path / "logs").exists(), "nothing was built"
 
 

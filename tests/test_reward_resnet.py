@@ -1,4 +1,5 @@
 """Stage 2: train_reward_resnet.py as people run it, on a small folder of real rendered frames."""
+import fcntl
 import json
 import os
 import re
@@ -105,10 +106,11 @@ def test_split_keeps_episodes_together(data):
 def test_two_trainings_into_one_folder(data, tmp_path):
     """The second is refused: best_model.pt would be of one and last_model.pt of the other."""
     (tmp_path / "reward_checkpoints").mkdir()
-    locked = train_reward_resnet.lock(tmp_path / "reward_checkpoints")
+    lock = open(tmp_path / "reward_checkpoints/.lock", "a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     _, err = run(tmp_path, code=2)
     assert err.splitlines()[-1].endswith("another run writes into reward_checkpoints")
-    locked.close()
+    lock.close()
 
 
 def test_ctrl_c_while_pictures_are_decoded(data, tmp_path):
@@ -321,7 +323,7 @@ def test_the_readme_s_own_loop(data, tmp_path):
            "class Robot(gymnasium.Env):\n"
            "    def __init__(self):\n"
            "        args = ppo_collect.Args(sim_backend='physx_cpu')\n"
-           "        task = {key: contract[key] for key in ('env_id', 'control_mode')}\n"
+           "        task = {key: contract[key] for key in ('env_id', 'robot_uids', 'control_mode')}\n"
            "        self.envs = ppo_collect.ManiSkillEnvs(args, task, 1, contract)\n"
            "        self.action_space = self.envs.single_action_space\n"
            "    def reset(self, seed=None, options=None):\n"
@@ -502,7 +504,7 @@ def foreign(path):
 
 
 def huge(path):
-    torch.save(dict(arch="resnet18", input_size=10**9, model={}, contract=dict(format_version=3)), path)
+    torch.save(dict(arch="resnet18", input_size=10**9, model={}, contract=dict(format_version=4)), path)
 
 
 def empty(path):
