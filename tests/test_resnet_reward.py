@@ -3,7 +3,11 @@ import csv
 import importlib.metadata
 import json
 import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -358,6 +362,75 @@ def test_without_a_reward_model_the_policy_says_its_task(tmp_path, flags):
     run("ppo_resnet_reward", tmp_path, *flags, "--resume-dir", *run_dirs(tmp_path))
     _, err = run("ppo_resnet_reward", tmp_path, *flags, code=2)
     assert "--resume-dir" in err.splitlines()[-1]
+
+
+def test_the_readme_s_own_task(tmp_path, monkeypatch):
+    """README, "A task of your own": the module and the commands that stand there, smaller."""
+    readme = (run_script.ROOT / "README.md").read_text()
+    module, commands = (re.search(rf"<!-- {name} -->\n```.*\n((.*\n)*?)```", readme)[1]
+                        for name in ("own task", "own task's commands"))
+    (tmp_path / "my_tasks.py").write_text(module)
+    assert module.count("\n") <= 25
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    small = dict(ppo_collect=["--target-success", "4", "--target-failure", "4", "--learning-rate", "1e-3", "--num-envs", "16",
+                              "--sample-rate-fail", "0.1"],
+                 train_reward_resnet=["--epochs", "1", "--epoch-frames", "16", "--input-size", "32"],
+                 ppo_dense=["--num-iterations", "1"], ppo_resnet_reward=["--num-iterations", "1"])
+    for line in commands.splitlines():
+        _, script, *flags = shlex.split(line.replace("logs/*-ppo_dense", str(next(tmp_path.glob("logs/*-ppo_dense"), ""))))
+        script = script.removesuffix(".py")
+        run_script.run(script, tmp_path, *([] if script == "train_reward_resnet" else SMALL), *flags, *small[script])
+    contract = json.loads((tmp_path / "data/metadata.json").read_text())
+    assert contract["env_id"] == "TouchCube-v1" and contract["robot_uids"] == "panda"
+    assert scalars(run_dirs(tmp_path)[-1])["reward_model/scored_frames"]
+
+    # A file names no module, and another task than the file's is refused
+    last = ["--resume-dir", *tmp_path.glob("logs/*-ppo_dense")]
+    _, err = run("ppo_resnet_reward", tmp_path, "--env-id", "PushCube-v1", *last, code=2)
+    assert "--env-id PushCube-v1: the reward model or the policy is of TouchCube-v1" in err.splitlines()[-1]
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    args = [sys.executable, "-c", code, run_script.ROOT / "ppo_resnet_reward.py", *SMALL, *last]
+    other = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 2 and "there is no TouchCube-v1" in other.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("module, says", [("import nothing_of_the_kind", "No module named 'nothing_of_the_kind'"),
+                                          ("def broken(:", "SyntaxError"), ("", "there is no task Own-v1 in own")])
+def test_a_module_without_the_task(tmp_path, monkeypatch, module, says):
+    """One line with its error."""
+    (tmp_path / "own.py").write_text(module)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    _, err = run("ppo_dense", tmp_path, "--env-id", "own:Own-v1", code=2)
+    assert says in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--robot-uids", "ur10e"], "PickCube-v1 has panda, fetch, xarm6_robotiq, so100, widowxai"),
+    (["--env-id", "PickCubeSO100-v1", "--robot-uids", "panda"], "PickCubeSO100-v1 has a robot of its own"),
+    (["--robot-uids", "xarm6_robotiq"], "files are missing: python -m mani_skill.utils.download_asset xarm6_robotiq"),
+    (["--env-id", "PickCubeWidowXAI-v1"], "files are missing: python -m mani_skill.utils.download_asset widowxai")])
+def test_robots_that_cannot_be_had(tmp_path, flags, says):
+    out, err = run("ppo_dense", tmp_path, *flags, code=2)
+    assert says in err.splitlines()[-1] and "y|n" not in out
+
+
+@pytest.mark.parametrize("flags", [["--robot-uids", "fetch"], ["--env-id", "PickCubeSO100-v1"]])
+def test_other_robots(tmp_path, flags):
+    """They act, are photographed by the camera that moves with the goal, and stage 4 takes them over."""
+    run("ppo_collect", tmp_path, *flags, "--num-iterations", "1", "--sample-rate-fail", "0.1")
+    contract = json.loads((tmp_path / "data/metadata.json").read_text())
+    assert contract["robot_uids"] == (flags[1] if flags[0] == "--robot-uids" else "") and "left" in contract["views"]
+    with open(tmp_path / "data/index.csv") as f:
+        assert all(0 < float(row["cube_to_goal"]) < 0.5 for row in csv.DictReader(f))
+    with Image.open(next(tmp_path.glob("data/failure/*.png"))) as frame:
+        red, green, blue = np.asarray(frame, int).transpose(2, 0, 1)
+        assert ((green > 80) & (red < 60) & (blue < 60)).sum() > 200, "the goal is in the picture"
+    model = random_reward_model(tmp_path / "model.pt")
+    torch.save(torch.load(model, weights_only=True) | dict(contract=contract), model)
+    run("ppo_dense", tmp_path, *flags, "--num-iterations", "1")
+    run("ppo_resnet_reward", tmp_path, "--resume-dir", *tmp_path.glob("logs/*-ppo_dense"), "--reward-checkpoint", model,
+        "--num-iterations", "1")
 
 
 def test_reward_models_of_before(tmp_path):
