@@ -61,7 +61,7 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
-    env_id: str = ""  # module:Task-v1 where a module has to be imported; none: the reward model's
+    env_id: str = ""  # module:Task-v1, where a module has to be imported first
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
     log_dir: str = "logs"  # parent of the runs' folders
@@ -103,12 +103,12 @@ class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to
     the goal, make the first one exact by being learned too (stage 2, --to-goal-weight)."""
 
-    def __init__(self, arch: str, input_size: int):
+    def __init__(self, arch: str, input_size: int, weights: Optional[str] = None):
         super().__init__()
         if arch not in ("resnet18", "resnet34", "resnet50") or not 32 <= input_size <= 1024:
             raise ValueError(f"no such reward model: {arch} of {input_size} pixels")
         self.input_size = input_size
-        self.resnet = torchvision.models.get_model(arch)
+        self.resnet = torchvision.models.get_model(arch, weights=weights)
         self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
         self.resnet.fc = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(self.resnet.fc.in_features * 4 * 4, 256), nn.ReLU(), nn.Linear(256, 4))

@@ -2,8 +2,7 @@
 
     reads   data/success/, data/failure/, data/metadata.json, data/index.csv
             of ppo_collect.py; or your own PNGs or JPEGs in the two folders
-    writes  reward_checkpoints/best_model.pt  the reward model of stage 4: lowest
-                                              loss on held-out episodes
+    writes  reward_checkpoints/best_model.pt  the reward model of stage 4
             reward_checkpoints/last_model.pt  where --resume goes on
             reward_checkpoints/report.json, report.csv, mistakes.png
             logs/<timestamp>-train_reward_resnet/  TensorBoard events, args.json
@@ -11,10 +10,10 @@
     python train_reward_resnet.py            # on a GPU if there is one
     python train_reward_resnet.py --resume   # go on where a run stopped
     python train_reward_resnet.py --evaluate <model.pt> --data-path more
+            if nobody says what they are: probabilities, a contact sheet
 """
 import contextlib
 import csv
-import fcntl
 import functools
 import io
 import json
@@ -27,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NewType
+from typing import Literal, NewType, Optional
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but first look for work for a while
@@ -48,7 +47,7 @@ Share = NewType("Share", float)  # a number between 0 and 1
 
 @dataclass
 class Args:
-    seed: int = 1  # of the split, the weights, the order of the frames, ...
+    seed: int = 1  # of the split, the weights, the order
     data_path: tuple[str, ...] = ("data",)  # folders of frames, one or more
     save_dir: str = "reward_checkpoints"  # folder of the checkpoints and reports
     log_dir: str = "logs"  # parent of the runs' folders
@@ -64,8 +63,7 @@ class Args:
     lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
-    threshold: Share = 0.5  # above which the reports count a frame as done
-    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side; more with few frames
+    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side, further if few
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # frames below this are shown in every sixth epoch only
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -76,12 +74,12 @@ class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to
     the goal, make the first one exact by being learned too (stage 2, --to-goal-weight)."""
 
-    def __init__(self, arch: str, input_size: int):
+    def __init__(self, arch: str, input_size: int, weights: Optional[str] = None):
         super().__init__()
         if arch not in ("resnet18", "resnet34", "resnet50") or not 32 <= input_size <= 1024:
             raise ValueError(f"no such reward model: {arch} of {input_size} pixels")
         self.input_size = input_size
-        self.resnet = torchvision.models.get_model(arch)
+        self.resnet = torchvision.models.get_model(arch, weights=weights)
         self.resnet.avgpool = nn.AdaptiveAvgPool2d(4)  # not 1: where things are is what matters
         self.resnet.fc = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(self.resnet.fc.in_features * 4 * 4, 256), nn.ReLU(), nn.Linear(256, 4))
@@ -149,9 +147,11 @@ def frame_weights(labels, final, final_weight: float):
 def train(args: Args, data: dict, contract: dict):
     # Model
     torch.manual_seed(args.seed)
-    model = RewardModel(args.arch, args.input_size)
-    if args.pretrained:
-        load_imagenet_weights(model, args.arch)
+    try:
+        model = RewardModel(args.arch, args.input_size, weights="DEFAULT" if args.pretrained else None)
+    except OSError as error:
+        say(f"warning: ImageNet's weights cannot be downloaded ({error})")
+        model = RewardModel(args.arch, args.input_size)
     model.to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
 
@@ -170,27 +170,23 @@ def train(args: Args, data: dict, contract: dict):
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
     frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
-    repeats = -(-args.epoch_frames // len(train_idx))  # in an epoch; what is shown more often is changed more
+    repeats = -(-args.epoch_frames // len(train_idx))
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 
     # Where an interrupted training stopped
-    state = dict(epoch=0, best_epoch=0, best_loss=np.inf, frame_losses=frame_losses)
-    fixed = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")}
-    fixed["frames"], folder = len(labels), Path(args.save_dir)
+    same = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")} | dict(frames=len(labels))
+    state = dict(same=same, epoch=0, best_epoch=0, best_losses=torch.full_like(val_labels, torch.inf),
+                 frame_losses=frame_losses)
+    folder = Path(args.save_dir)
     if args.resume:
-        state = load_last_model(folder / "last_model.pt", fixed, model, optimizer)
+        state = load_last_model(folder / "last_model.pt", same, model, optimizer)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run writes into {folder}")
     _, writer = make_run_dir(args)
 
-    stop_signals, patience = [], args.early_stopping_patience
+    stop_signals = []
     on_stop_signal(stop_signals.append)
-    while state["epoch"] < min(args.epochs, state["best_epoch"] + patience):
+    while state["epoch"] < min(args.epochs, state["best_epoch"] + args.early_stopping_patience):
         epoch, start_time = state["epoch"] + 1, time.time()
         torch.manual_seed(args.seed * 100_003 + epoch)  # the same whether resumed or not
 
@@ -217,48 +213,46 @@ def train(args: Args, data: dict, contract: dict):
             (train_weights[batch].to(DEVICE) * losses + args.to_goal_weight * cm_error).mean().backward()
             optimizer.step()
             frame_losses[batch.to(DEVICE)] = losses.detach()
-        if stop_signals:  # what this epoch has learned is dropped: last_model.pt is of the one before
+        if stop_signals:  # this epoch is dropped
             resume = " --resume" if state["epoch"] and not args.resume else ""
             return say(f"To go on: {shlex.join(['python', *sys.argv])}{resume}")
-        images_per_s = len(order) / (time.time() - start_time)
 
         # Validate
         model.eval()
         probs = model.predict(val_frames).cpu()
-        val_loss = nn.functional.binary_cross_entropy(probs, val_labels, val_weights).item()
+        val_losses = nn.functional.binary_cross_entropy(probs, val_labels, val_weights, reduction="none")
         state |= dict(epoch=epoch, frame_losses=frame_losses.cpu())
-        train_loss = state["frame_losses"].mean().item()
+        train_loss, val_loss = state["frame_losses"].mean().item(), val_losses.mean().item()
         if not np.isfinite([train_loss, val_loss]).all():
             fail(f"the loss is no longer finite in epoch {epoch}; --resume with a smaller --lr")
 
-        # Checkpoint
-        improved = val_loss < state["best_loss"]
+        # Checkpoint: of epochs that so few frames cannot tell apart the later one is better
+        worse = val_losses - state["best_losses"]
+        if worse.mean() < 0:
+            state |= dict(best_epoch=epoch, best_losses=val_losses)
+        improved = not worse.mean() > worse.std() / len(worse) ** 0.5  # NaN at first
         if improved:
-            state |= dict(best_epoch=epoch, best_loss=val_loss)
             save_model(folder / "best_model.pt", model, contract, args)
-        save_model(folder / "last_model.pt", model, contract, args, state=state, fixed=fixed,
-                   optimizer=optimizer.state_dict())
+        save_model(folder / "last_model.pt", model, contract, args, state=state, optimizer=optimizer.state_dict())
 
         # Log
-        report = score(probs.numpy(), labels[val_idx], {}, args.threshold)
+        report = score(probs.numpy(), labels[val_idx], {})
         scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss}
         scalars |= {f"reward_model/{name}": value for name, value in report.items() if value and name != "kinds"}
         for name, value in scalars.items():
             writer.add_scalar(name, value, epoch)
         say(f"epoch {epoch}: {len(order)} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, "
-            f"accuracy {report['accuracy']:.4f}, {images_per_s:.1f} images/s{' *' if improved else ''}")
+            f"accuracy {report['accuracy']:.4f}, {time.time() - start_time:.1f} s{' *' if improved else ''}")
 
     model, _ = load_reward_model(folder, DEVICE)
-    say(f"the best of {state['epoch']} epochs was {state['best_epoch']}; on the held-out episodes:")
+    say(f"after {state['epoch']} epochs, on the held-out episodes:")
     report, picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
-    lock.close()
-    guessing = 0.5 + len(val_idx) ** -0.5  # two standard errors above a coin
-    if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < guessing:
-        say(f"warning: {folder / 'best_model.pt'} is hardly better than guessing: collect more frames")
-    else:
-        say(f"{folder / 'best_model.pt'} is ready{' for stage 4' if 'views' in contract else ''}")
+    text = f"{folder / 'best_model.pt'} is ready{' for stage 4' if 'views' in contract else ''}"
+    if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < 0.5 + len(val_idx) ** -0.5:
+        text = f"warning: {folder / 'best_model.pt'} is hardly better than guessing"  # two standard errors
+    say(f"{text}: {report['accuracy']:.1%} of {len(val_idx)} held-out frames are right")
 
 
 # ==== From here on: machinery. The same text in every script.
@@ -266,16 +260,14 @@ def train(args: Args, data: dict, contract: dict):
 # -------------------- data
 
 PICTURES = dict(format_version=4, source="pictures")  # anyone's own
-KINDS = ("ends an episode", "near miss", "other")
 LABELS = ("success", "failure")
 FLAGS = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no", "", "nan"), False)
 TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 
 def read_data(data_path):
-    """What is in the folders, without opening a frame: (M,) arrays `files`, `labels` (True: success),
-    `episodes` (a frame without a row is its own), `to_goal` (M, 3) metres from cube to goal (NaN: not
-    known), `kinds` {kind: bool}; and the contract."""
+    """What is in the folders: (M,) arrays `files`, `labels` (True: success), `labelled`, `episodes` (a frame
+    without a row is its own), `to_goal` (M, 3) metres (NaN: not known), `kinds` {kind: bool}; the contract."""
     rows, contracts = [], []
     for folder in map(Path, data_path):
         found, contract = read_folder(folder)
@@ -284,13 +276,12 @@ def read_data(data_path):
         if differences(contract, contracts[0]):
             fail(f"the frames in {folder} were made differently: {differences(contract, contracts[0])}")
     if not rows:
-        fail(f"{' '.join(data_path)}: no frames in success/ or failure/")
+        fail(f"{' '.join(data_path)}: no pictures")
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     _, columns["episodes"] = np.unique(columns["episodes"], return_inverse=True)
-    near = ~columns["labels"] & (np.linalg.norm(columns["to_goal"], axis=1) <= 0.05)
-    kinds = [columns.pop("final"), near]
-    kinds.append(~np.any(kinds, axis=0))
-    return columns | dict(kinds=dict(zip(KINDS, kinds))), contracts[0]
+    final, near = columns.pop("final"), ~columns["labels"] & (np.linalg.norm(columns["to_goal"], axis=1) <= 0.05)
+    kinds = {"ends an episode": final, "near miss": near, "other": ~final & ~near}
+    return columns | dict(kinds=kinds), contracts[0]
 
 
 def read_folder(folder: Path):
@@ -313,15 +304,15 @@ def read_folder(folder: Path):
                     raise ValueError(f"{row['file']} is labelled {row['label']}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
         fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(e).__name__}: {str(e)[:150]}")
-    for label in LABELS:
-        for file in sorted((folder / label).iterdir()) if (folder / label).is_dir() else ():
+    for label in [label for label in LABELS if (folder / label).is_dir()] or [""]:  # or nobody says what
+        for file in sorted((folder / label).iterdir()) if folder.is_dir() else ():
             if file.name.startswith(".") or file.name.endswith((".tmp", "Thumbs.db", "desktop.ini")):
                 continue
             if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
                 fail(f"{file} is neither a PNG nor a JPEG")
             own = dict(episodes=str(file), final=False, to_goal=[np.nan] * 3)
             row = rows.pop(f"{label}/{file.name}", own)
-            found.append(row | dict(files=str(file), labels=label == "success"))
+            found.append(row | dict(files=str(file), labels=label == "success", labelled=label != ""))
     if rows:
         say(f"warning: {len(rows)} rows of {index} match no file, such as {next(iter(rows))}")
     return found, contract
@@ -349,8 +340,7 @@ def read_picture(file: str):
 
 
 def load_frames(files, contract: dict, model, progress: str):
-    """Decode the pictures once: (M, input_size, input_size, 3) uint8 on the CPU. Each must be whole, of 8
-    bits a channel, as large as the contract says."""
+    """(M, input_size, input_size, 3) uint8 on the CPU, of whole pictures as large as the contract says."""
     def decode(numbered):
         k, file = numbered[0], str(numbered[1])
         try:
@@ -373,12 +363,12 @@ def load_frames(files, contract: dict, model, progress: str):
 
 # -------------------- reports
 
-def score(probs, labels, kinds: dict, threshold: float) -> dict:
-    """Metrics of `probs` (M,) against `labels` (M,) bool, in all and of each kind; null for 0 / 0."""
+def score(probs, labels, kinds: dict) -> dict:
+    """Metrics of `probs` (M,) above 0.5 against `labels` (M,) bool, in all and of each kind; null for 0 / 0."""
     def share(a, b):
         return float((a & b).sum() / b.sum()) if b.any() else None
 
-    said, right, failures = probs > threshold, (probs > threshold) == labels, ~labels
+    said, right, failures = probs > 0.5, (probs > 0.5) == labels, ~labels
     report = dict(frames=len(labels), accuracy=float(right.mean()), precision=share(labels, said),
                   recall=share(said, labels), false_positive_rate=share(said, failures), kinds={})
     for kind, of in kinds.items():
@@ -387,57 +377,59 @@ def score(probs, labels, kinds: dict, threshold: float) -> dict:
     return report
 
 
-def draw_mistakes(files, probs, labels, threshold: float, columns=6, rows=4, size=192):
-    """The frames that are most wrong, with their probability: (H, W, 3) uint8. Green: a success."""
-    wrong = np.flatnonzero((probs > threshold) != labels)
-    wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:columns * rows]
-    sheet = Image.new("RGB", (columns * size, max(1, -(-len(wrong) // columns)) * size), "white")
-    for k, i in enumerate(wrong):
-        cell = read_picture(files[i]).resize((size - 6, size - 6))
-        cell = ImageOps.expand(cell, 3, "#2a2" if labels[i] else "#c33")
-        text = f"p = {probs[i]:.3f}\n{'/'.join(Path(files[i]).parts[-2:])}"
+def draw_pictures(path: Path, files, probs, done, columns=6, size=192):
+    """A PNG, and (H, W, 3) uint8, of pictures with their probability; those that are `done` on green."""
+    sheet = Image.new("RGB", (columns * size, max(1, -(-len(files) // columns)) * size), "white")
+    for k, file in enumerate(files):
+        cell = ImageOps.expand(read_picture(file).resize((size - 6, size - 6)), 3, "#2a2" if done[k] else "#c33")
+        text = f"p = {probs[k]:.3f}\n{'/'.join(Path(file).parts[-2:])}"
         ImageDraw.Draw(cell).text((8, 6), text, fill="white", stroke_width=2, stroke_fill="black", font_size=13)
         sheet.paste(cell, (k % columns * size, k // columns * size))
+    sheet.save(path)
     return np.asarray(sheet)
+
+
+def write_table(path: Path, *rows):
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    write_file(path, table.getvalue().encode())
 
 
 def write_report(probs, data, idx, args, name: str):
     """Print how right `probs` are of the frames `idx`; write report and mistakes into <save-dir>."""
     probs, files, labels = probs.cpu().numpy(), data["files"][idx], data["labels"][idx]
     kinds = {kind: of[idx] for kind, of in data["kinds"].items()}
-    report, path = score(probs, labels, kinds, args.threshold), Path(args.save_dir)
+    report, path = score(probs, labels, kinds), Path(args.save_dir)
     for kind, of in [("all", report), *report["kinds"].items()]:
         text = [f"{name} {of[name]:.4f}" for name in of if isinstance(of[name], float)]
         say(f"  {kind:15} {of['frames']:6} frames: {', '.join(text)}")
-    picture, png, table = draw_mistakes(files, probs, labels, args.threshold), io.BytesIO(), io.StringIO()
-    Image.fromarray(picture).save(png, "PNG")
     rows = zip(files, [LABELS[not label] for label in labels], [f"{prob:.6f}" for prob in probs])
-    csv.writer(table, lineterminator="\n").writerows([("file", "label", "probability"), *rows])
-    write_file(path / f"mistakes{name}.png", png.getvalue())
-    write_file(path / f"report{name}.csv", table.getvalue().encode())
+    write_table(path / f"report{name}.csv", ("file", "label", "probability"), *rows)
     write_file(path / f"report{name}.json", json.dumps(report, indent=2).encode())
-    return report, picture
+    wrong = np.flatnonzero((probs > 0.5) != labels)
+    wrong = wrong[np.argsort(-np.abs(probs[wrong] - labels[wrong]))][:24]
+    return report, draw_pictures(path / f"mistakes{name}.png", files[wrong], probs[wrong], labels[wrong])
 
 
-def evaluate_reward_model(args, data, contract):
-    """Score --evaluate's model on all frames of --data-path."""
+def evaluate_reward_model(args):
+    """Score --evaluate's model on all pictures of --data-path."""
     model, known = load_reward_model(args.evaluate, DEVICE)
-    if differences(known, contract):
+    (data, contract), path = read_data(args.data_path), Path(args.save_dir)
+    if data["labelled"].all() and differences(known, contract):
         fail(f"{args.evaluate} knows other frames than {args.data_path[0]}: {differences(known, contract)}")
-    Path(args.save_dir).mkdir(parents=True, exist_ok=True)
-    probs, name = model.predict(load_frames(data["files"], contract, model, "decoding")), args.data_path[0]
-    write_report(probs, data, np.arange(len(probs)), args, f"_{Path(name).resolve().name}")
+    path.mkdir(parents=True, exist_ok=True)
+    files, name = data["files"], Path(args.data_path[0]).resolve().name
+    probs = model.predict(load_frames(files, contract, model, "decoding"))
+    if data["labelled"].all():
+        return write_report(probs, data, np.arange(len(probs)), args, f"_{name}")
+    probs = probs.cpu().numpy()
+    write_table(path / f"{name}.csv", ("picture", "probability"), *zip(files, probs.round(6)))
+    shown = np.argsort(-probs)[np.linspace(0, len(files) - 1, min(len(files), 60)).astype(int)]
+    draw_pictures(path / f"{name}.png", files[shown], probs[shown], probs[shown] > 0.5)
+    say(f"{(probs > 0.5).sum()} of {len(files)} are above 0.5: {path / name}.png and .csv")
 
 
 # -------------------- models
-
-def load_imagenet_weights(model, arch: str):
-    try:
-        weights = torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
-    except (OSError, RuntimeError) as error:
-        fail(f"--pretrained: the ImageNet weights could not be downloaded ({error})")
-    model.resnet.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False)
-
 
 def save_model(path: Path, model, contract: dict, args, **more):
     buffer = io.BytesIO()
@@ -446,11 +438,11 @@ def save_model(path: Path, model, contract: dict, args, **more):
     write_file(path, buffer.getbuffer())
 
 
-def load_last_model(path: Path, fixed: dict, model, optimizer) -> dict:
+def load_last_model(path: Path, same: dict, model, optimizer) -> dict:
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
-        if last["fixed"] != fixed:
-            raise ValueError(differences(last["fixed"], fixed))
+        if last["state"]["same"] != same:
+            raise ValueError(differences(last["state"]["same"], same))
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["state"]
@@ -562,8 +554,7 @@ def parse_args():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
     args = parse_args()
-    data, contract = read_data(args.data_path)
     try:
-        (evaluate_reward_model if args.evaluate else train)(args, data, contract)
+        evaluate_reward_model(args) if args.evaluate else train(args, *read_data(args.data_path))
     except OSError as error:
         fail(f"{error}; what was written before is whole: mend that, then resume")

@@ -44,7 +44,7 @@ def training(frames, size, repeats, channels_last=True, bf16=False, compiled=Fal
     batch = model.scale(frames[:BATCH])
 
     def step():
-        x, _ = augment(batch, torch.zeros(BATCH, 3), Args(), True)
+        x, _ = augment(batch, torch.zeros(BATCH, 3), 0.02, 0.2, True)
         if not channels_last:
             x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -154,7 +154,7 @@ def test_kill_stage_1(tmp_path, seed):
 
 def test_kill_stage_2(data, tmp_path, seed):
     """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
-    args = ["--input-size", "32", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
+    args = ["--input-size", "32", "--epoch-frames", "1", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
             "--early-stopping-patience", "99", "--epochs", 8 + 4 * KILLS]
     whole = start("train_reward_resnet", tmp_path, *args, "--save-dir", "whole")
     out, err = whole.communicate(timeout=600)
@@ -221,7 +221,7 @@ def test_torchrun_starts_a_killed_rank_anew(tmp_path):
 def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
     """Exit code 0, a checkpoint, and a printed command that really goes on. (Stage 1: test_collect.py.)"""
     if script == "train_reward_resnet":
-        args = ["--input-size", "32", "--epochs", "12"]
+        args = ["--input-size", "32", "--epoch-frames", "1", "--epochs", "12"]
     else:
         args = [*PPO, "--num-iterations", "12"]
     if script == "ppo_resnet_reward":
@@ -369,7 +369,7 @@ def test_odd_folders(data, tmp_path):
     odd.mkdir()
     shutil.move(data, odd / "the data")
     os.symlink(odd / "the data", tmp_path / "link")
-    args = ["--epochs", "1", "--input-size", "32", "--data-path", "link", "--log-dir", "my logs"]
+    args = ["--epochs", "1", "--epoch-frames", "1", "--input-size", "32", "--data-path", "link", "--log-dir", "my logs"]
     run("train_reward_resnet", tmp_path, *args, "--save-dir", "my model")
     assert (tmp_path / "my model/best_model.pt").exists()
     (tmp_path / "taken").write_text("a file")
@@ -380,7 +380,7 @@ def test_odd_folders(data, tmp_path):
 def test_read_only_data(data, tmp_path):
     """On a mount of its own that is really read-only: stage 2 learns from it, stage 1 says that it cannot add to it."""
     read_only = f"mount --bind {data} {data} && mount -o remount,ro,bind {data} && cd {tmp_path} && {sys.executable} {ROOT}/"
-    for command, code in (("train_reward_resnet.py --epochs 1 --input-size 32", 0),
+    for command, code in (("train_reward_resnet.py --epochs 1 --epoch-frames 1 --input-size 32", 0),
                           ("ppo_collect.py --num-procs 1 --num-envs 2 --num-eval-envs 2 --num-minibatches 2", 2)):
         result = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", read_only + command],
                                 capture_output=True, text=True, timeout=120)
