@@ -175,7 +175,7 @@ def train(args: Args, data: dict, contract: dict):
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 
     # Where an interrupted training stopped
-    same = {name: getattr(args, name) for name in ("arch", "input_size", "seed", "val_split")} | dict(frames=len(labels))
+    same = dict(frames=len(train_idx), arch=args.arch, input_size=args.input_size, seed=args.seed)
     state = dict(same=same, epoch=0, best_epoch=0, best_losses=torch.full_like(val_labels, torch.inf),
                  frame_losses=frame_losses)
     folder = Path(args.save_dir)
