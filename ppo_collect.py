@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 SCRIPT, GPU = Path(__file__).stem, torch.cuda.is_available()
 RANKS = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
-RANK, LOCAL_RANK, WORLD_SIZE, TORCHRUN = map(int, RANKS) if all(RANKS) else (0, 0, 1, 0)  # or start_ranks'
+RANK, LOCAL_RANK, WORLD_SIZE, TORCHRUN = map(int, RANKS) if all(RANKS) else (0, 0, 1, 0)  # or start_ranks sets them
 DEVICE = torch.device(f"cuda:{LOCAL_RANK % torch.cuda.device_count()}" if GPU else "cpu")
 BACKENDS = ("physx_cuda", "physx_cpu") if GPU else ("physx_cpu",)
 Share = NewType("Share", float)  # a number between 0 and 1
@@ -62,21 +62,21 @@ class Args:
     robot_uids: str = ""  # a robot that the task supports; none: the task's own
     control_mode: str = "pd_joint_delta_pos"  # ManiSkill controller of the arm
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
-    num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
+    num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # a CPU's ranks share the scenes
     log_dir: str = "logs"  # parent of the runs' folders
     resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
     num_envs: int = 256 if GPU else 64  # parallel scenes of all processes
     num_steps: int = 50 if GPU else 25  # of every scene in one rollout
-    num_iterations: int = 1000  # global steps: rollout, update
+    num_iterations: int = 1000  # global steps, each a rollout and an update
     num_minibatches: int = 32 if GPU else 4  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 3e-4 if GPU else 2e-4  # Adam's step size
     gamma: Share = 0.8 if GPU else 0.9  # discount factor per step
     gae_lambda: Share = 0.9  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.2  # PPO's clipping range (arXiv:1707.06347)
-    target_kl: float = 0.1 if GPU else 0.03  # nats of an epoch, after which only the critic goes on
+    target_kl: float = 0.1 if GPU else 0.03  # mean KL of an epoch in nats that ends the policy's update
     action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
     num_eval_envs: int = 128  # evaluation episodes of all processes
@@ -91,7 +91,7 @@ class Args:
     sample_rate_near_miss: Share = 0.05  # of the cube 2.5 to 5 cm from the goal (PickCube)
     save_dir: str = "data"  # folder of the frames; those in it count
     image_size: int = 224  # side of the frames in pixels
-    camera: Literal["goal", "workspace", "task"] = "goal"  # of a task without a goal_site: task
+    camera: Literal["goal", "workspace", "task"] = "goal"  # task where there is no goal_site
     show_goal_site: bool = True  # show the goal marker
     meshes: Literal["light", "stock"] = "stock" if GPU else "light"  # light: fewer triangles
 
@@ -103,7 +103,7 @@ class FrameCollector:
     def __init__(self, args: Args, contract: dict):
         self.args, self.targets = args, dict(success=args.target_success, failure=args.target_failure)
         self.folder = FrameFolder(args.save_dir, contract, dict(self.targets), args.seed)
-        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0  # failures, expected
+        self.chosen, self.newly_chosen = self.folder.counts["failure"], 0.0  # failures that the rates chose, expected
         self.file()
 
     def progress(self) -> float:
@@ -116,7 +116,7 @@ class FrameCollector:
         rate = torch.where(done, max(args.sample_rate_fail, args.sample_rate_fail_final), args.sample_rate_fail)
         near = cube_to_goal(envs).norm(dim=1) <= 0.05  # NaN is not
         rate = torch.where(near, rate.clamp(min=args.sample_rate_near_miss), rate)
-        rate[info["success"] | info.get("is_obj_placed", False)] = 0.0  # else a picture cannot tell it from success
+        rate[info["success"] | info.get("is_obj_placed", False)] = 0.0  # placed but moving looks like success
         self.newly_chosen += rate.sum(dtype=torch.float64)
         rate *= self.failure_share
         if self.folder.counts["success"] < args.target_success:
@@ -245,7 +245,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 
     # Agent
     film = FILM_CAMERA if args.capture_video and RANK == 0 else None
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, camera=film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim).to(device)
@@ -262,8 +262,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     contract = make_contract(args, task, eval_envs)
     collector = FrameCollector(args, contract)
     folder = collector.folder
-    envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, contract)
-    seed = int(np.random.SeedSequence([args.seed, global_step, folder.first_episode, RANK]).generate_state(1)[0])
+    envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, camera=contract)
+    seed = int(np.random.SeedSequence([args.seed, global_step, folder.first_episode, RANK, 1]).generate_state(1)[0])
     torch.manual_seed(seed)
     current_obs, _ = envs.reset(seed=seed)
     # First time-outs are spread over an episode (arXiv:2511.21011): a rollout holds all parts of it
@@ -275,7 +275,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     next_obs = torch.zeros_like(obs)  # the true ones, before any reset
     actions = torch.zeros((args.num_steps, num_envs, action_dim), device=device)
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
-    dones = torch.zeros((args.num_steps, num_envs), dtype=torch.bool, device=device)
+    dones, terminal = torch.zeros((2, args.num_steps, num_envs), dtype=torch.bool, device=device)
     episode_id = folder.first_episode + RANK * num_envs + torch.arange(num_envs, device=device)
     episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
     episode_return = torch.zeros(num_envs, device=device)
@@ -315,8 +315,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
         # Update
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
-        # Bootstrap at every end: where the reward is dense, an end that is worth nothing teaches avoidance
-        advantages = compute_gae(rewards, values, next_values, dones & False, dones, args.gamma, args.gae_lambda)
+        # Nothing is terminal: where the reward is dense, an end that is worth nothing teaches avoidance
+        advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns = advantages + values
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args)
         agent.update_normalization(obs)

@@ -7,7 +7,7 @@
 
     python ppo_resnet_reward.py --resume-dir logs/<run of ppo_dense.py>
     python ppo_resnet_reward.py --resume-dir ... --done-by resnet
-            the ResNet ends episodes too: nothing of the simulator's is used
+            the ResNet ends episodes too
     python ppo_resnet_reward.py --resume-dir ... --save-mistakes
             frames to train the ResNet on again, into the run's mistakes/
 """
@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 SCRIPT, GPU = Path(__file__).stem, torch.cuda.is_available()
 RANKS = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
-RANK, LOCAL_RANK, WORLD_SIZE, TORCHRUN = map(int, RANKS) if all(RANKS) else (0, 0, 1, 0)  # or start_ranks'
+RANK, LOCAL_RANK, WORLD_SIZE, TORCHRUN = map(int, RANKS) if all(RANKS) else (0, 0, 1, 0)  # or start_ranks sets them
 DEVICE = torch.device(f"cuda:{LOCAL_RANK % torch.cuda.device_count()}" if GPU else "cpu")
 BACKENDS = ("physx_cuda", "physx_cpu") if GPU else ("physx_cpu",)
 Share = NewType("Share", float)  # a number between 0 and 1
@@ -61,25 +61,25 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
-    env_id: str = ""  # module:Task-v1, where a module has to be imported first
+    env_id: str = ""  # module:Task-v1, to import a module; it is the reward model's
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
-    num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # on a CPU
+    num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # a CPU's ranks share the scenes
     log_dir: str = "logs"  # parent of the runs' folders
     resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
     num_envs: int = 256 if GPU else 64  # parallel scenes of all processes
     num_steps: int = 50  # of every scene in one rollout
-    num_iterations: int = 1000 if GPU else 100  # global steps: rollout, update
+    num_iterations: int = 1000 if GPU else 100  # global steps, each a rollout and an update
     num_minibatches: int = 32 if GPU else 8  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 2.5e-4  # Adam's step size, at first
-    logstd_learning_rate: float = 2.5e-3  # that of the policy's noise: stage 3's hand is not steady
-    anneal_lr: bool = not GPU  # lower the step sizes in proportion to what is left of the run
+    logstd_learning_rate: float = 2.5e-3  # of the policy's noise
+    anneal_lr: bool = not GPU  # lower the step sizes to 0 over the run
     gamma: Share = 0.95  # discount factor per step (0.99 for --done-by time)
     gae_lambda: Share = 0.95  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.3  # PPO's clipping range (arXiv:1707.06347)
-    target_kl: float = 0.1  # nats of an epoch, after which only the critic goes on
+    target_kl: float = 0.1  # mean KL of an epoch in nats that ends the policy's update
     action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
     num_eval_envs: int = 128  # evaluation episodes of all processes
@@ -89,13 +89,13 @@ class Args:
     reward_checkpoint: str = "reward_checkpoints/best_model.pt"  # the reward model of stage 2
     reward_mode: Literal["replace", "add"] = "replace"  # or added to the dense one
     alpha: float = 1.0  # factor of the ResNet's reward
-    threshold: Share = 0.85  # probability above which a frame counts as done and earns the reward
+    threshold: Share = 0.85  # probability above which a frame counts as done
     use_soft_reward: bool = False  # the reward is the probability itself
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"  # frames to score; others earn 0
-    critic_warmup: int = 5  # global steps at first for the critic alone: it expects another reward
+    critic_warmup: int = 5  # first global steps, in which only the critic learns
     done_by: Literal["simulator", "resnet", "time"] = "simulator"  # who ends episodes early
     score_every: int = 1 if GPU else 5  # steps between two frames that --done-by resnet looks at
-    oracle: bool = False  # control: the simulator in place of the ResNet
+    oracle: bool = False  # control: the simulator's verdict
     save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/
 
 
@@ -158,7 +158,7 @@ class Audit:
 
     def update(self, sums: dict, called_done, success, scored, frames, envs, info, done, *when, **counters):
         """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
-        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # there: ends only
+        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # its ends
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
@@ -169,9 +169,10 @@ class Audit:
         wrong = wrong.nonzero().squeeze(-1)
         if len(wrong) and frames is not None:
             self.wrong_before[scored[wrong]] = True
-            rows = frame_rows(scored[wrong], envs, info, done, *when, **counters)
-            self.new += zip(rows, map(to_png, frames[wrong].cpu()))
             self.latest.extend(frames[wrong].cpu().numpy())
+            if self.args.save_mistakes:
+                rows = frame_rows(scored[wrong], envs, info, done, *when, **counters)
+                self.new += zip(rows, map(to_png, frames[wrong].cpu()))
         self.wrong_before &= ~done
 
     def file(self, folder: Path):
@@ -301,7 +302,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 
     # Agent
     film = FILM_CAMERA if args.capture_video and RANK == 0 else None
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, film)
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, camera=film)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim).to(device)
@@ -311,7 +312,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         agent.load_state_dict(checkpoint["agent"])
         # Without Adam's moments its first steps would hurt a trained policy; step sizes are ours
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
-    for p in [] if continued else agent.critic.parameters():  # the critic learns another reward
+    for p in agent.critic.parameters() if not continued else ():  # those are of another reward
         optimizer.state.pop(p, None)
     run_dir, writer = make_run_dir(args, f"{SCRIPT}-evaluate" if args.evaluate else SCRIPT)
     if args.evaluate:
@@ -321,7 +322,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, None if args.oracle else contract)
     num_envs = envs.num_envs
     audit = Audit(args, contract, num_envs, device)
-    seed = int(np.random.SeedSequence([args.seed, global_step, RANK]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([args.seed, global_step, RANK, 4]).generate_state(1)[0])
     torch.manual_seed(seed)
     current_obs, _ = envs.reset(seed=seed)
 
@@ -362,12 +363,12 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scored = (looked_at | (args.reward_render_mode == "always")).nonzero().squeeze(-1)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
             called_done, success = probs > args.threshold, info["success"]
-            if args.done_by == "resnet":  # success is what it decides: the cube is at the goal
+            if args.done_by == "resnet":  # no picture shows a robot at rest: at the goal counts
                 done = done.index_put((scored,), called_done | done[scored])
                 success = info.get("is_obj_placed", success)
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
             if args.reward_mode == "replace":  # an end that is paid is one, else it would pay twice
-                terminal[step] = done & ((reward > 0) | (args.done_by == "time"))
+                terminal[step] = done & ((reward > args.alpha * args.threshold) | (args.done_by == "time"))
 
             audit.update(sums, called_done, success, scored, frames, envs, info, done,
                          global_step, env_steps, episode=episode_id, step=episode_len)
@@ -395,7 +396,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns, train_policy = advantages + values, global_step > args.critic_warmup
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args, train_policy)
-        if train_policy:
+        if train_policy:  # else it would move all the same
             agent.update_normalization(obs)
 
         # Log

@@ -58,14 +58,14 @@ class Args:
     input_size: int = 224 if GPU else 112  # side in pixels to which frames are scaled
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
     epochs: int = 100 if GPU else 14  # passes over the frames at most
-    epoch_frames: int = 1000  # at least, in an epoch: fewer frames are shown several times
+    epoch_frames: int = 1000  # at least, in an epoch: fewer are shown several times
     batch_size: int = 64 if GPU else 32  # frames in one step
     lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
     random_shift: Share = 0.02  # augmentation: shift by up to this share of the side, further if few
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
-    easy_loss: float = 0.01  # frames below this are shown in every sixth epoch only
+    easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
     to_goal_weight: float = 2.0  # of the vector from cube to goal, where index.csv knows it
 
@@ -168,7 +168,7 @@ def train(args: Args, data: dict, contract: dict):
     val_weights = frame_weights(labels[val_idx], final[val_idx], args.final_weight)
     val_weights /= val_weights.mean()
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
-    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # out of sight
+    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: out of sight
     frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
     repeats = -(-args.epoch_frames // len(train_idx))
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
@@ -227,22 +227,22 @@ def train(args: Args, data: dict, contract: dict):
             fail(f"the loss is no longer finite in epoch {epoch}; --resume with a smaller --lr")
 
         # Checkpoint: of epochs that so few frames cannot tell apart the later one is better
-        worse = val_losses - state["best_losses"]
-        if worse.mean() < 0:
+        change = val_losses - state["best_losses"]
+        if change.mean() < 0:
             state |= dict(best_epoch=epoch, best_losses=val_losses)
-        improved = not worse.mean() > worse.std() / len(worse) ** 0.5  # NaN at first
-        if improved:
+        kept = not change.mean() > change.std() / len(change) ** 0.5  # NaN at first
+        if kept:
             save_model(folder / "best_model.pt", model, contract, args)
         save_model(folder / "last_model.pt", model, contract, args, state=state, optimizer=optimizer.state_dict())
 
         # Log
         report = score(probs.numpy(), labels[val_idx], {})
         scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss}
-        scalars |= {f"reward_model/{name}": value for name, value in report.items() if value and name != "kinds"}
+        scalars |= {f"reward_model/{name}": value for name, value in report.items() if type(value) is float}
         for name, value in scalars.items():
             writer.add_scalar(name, value, epoch)
         say(f"epoch {epoch}: {len(order)} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, "
-            f"accuracy {report['accuracy']:.4f}, {time.time() - start_time:.1f} s{' *' if improved else ''}")
+            f"accuracy {report['accuracy']:.4f}, {time.time() - start_time:.1f} s{' *' if kept else ''}")
 
     model, _ = load_reward_model(folder, DEVICE)
     say(f"after {state['epoch']} epochs, on the held-out episodes:")
