@@ -158,7 +158,7 @@ class Audit:
 
     def update(self, sums: dict, called_done, success, scored, frames, envs, info, done, *when, **counters):
         """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
-        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # its ends
+        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # ends
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
