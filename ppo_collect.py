@@ -206,7 +206,7 @@ def ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, ar
     obs, actions, logprobs, advantages, returns = (x.flatten(0, 1) for x in batch)
     for _epoch in range(args.update_epochs):
         epoch_kl = []
-        for mb_inds in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
+        for mb_inds in torch.randperm(len(obs), device=obs.device).tensor_split(args.num_minibatches):
             value_loss = 0.5 * ((agent.get_value(obs[mb_inds]) - returns[mb_inds]) ** 2).mean()
             losses["value_loss"].append(value_loss.detach())
             loss, trained = 0.5 * value_loss, list(agent.critic.parameters())
@@ -361,14 +361,14 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
     sys.path.append(os.getcwd())
     try:
         importlib.import_module(module or "mani_skill.envs")
-        cls = REGISTERED_ENVS[env_id].cls
+        spec = REGISTERED_ENVS[env_id]
     except Exception as error:  # whatever is in there
         fail(f"there is no task {env_id} in {module or 'ManiSkill'}: {error!r}")
-    choice = inspect.signature(cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
-    robots = cls.SUPPORTED_ROBOTS if choice else []
+    choice = inspect.signature(spec.cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
+    robots = spec.cls.SUPPORTED_ROBOTS if choice else []
     if robot_uids and robots is not None and robot_uids not in robots:
         fail(f"--robot-uids {robot_uids}: {env_id} has {', '.join(map(str, robots)) or 'a robot of its own'}")
-    robot_uids = robot_uids or (choice.default if choice else "")
+    robot_uids = robot_uids or spec.default_kwargs.get("robot_uids") or (choice.default if choice else "")
     return dict(env_id=env_id, robot_uids=robot_uids, control_mode=control_mode)
 
 
@@ -867,7 +867,7 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
     """The newest in --resume-dir, by the timestamps and steps in the paths; it must be of `task`."""
     try:
         files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
-        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file)))])
+        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file))[-4:])])
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["task"] != (task or checkpoint["task"]):
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
@@ -959,7 +959,7 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str = ""):
-        with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
             self.stream.flush()
 
@@ -1012,7 +1012,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args = parse_args()
     task = find_task(args.env_id, args.robot_uids, args.control_mode)
-    checkpoint = load_checkpoint(args, task) if args.resume_dir else None
+    checkpoint = load_checkpoint(args, task) if args.resume_dir or args.evaluate else None
     start_ranks(args)
     try:
         train(args, task, checkpoint)

@@ -9,7 +9,7 @@
     python ppo_resnet_reward.py --resume-dir ... --done-by resnet
             the ResNet ends episodes too
     python ppo_resnet_reward.py --resume-dir ... --save-mistakes
-            frames to train the ResNet on again, into the run's mistakes/
+            frames to train the ResNet on again
 """
 import atexit
 import contextlib
@@ -263,7 +263,7 @@ def ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, ar
     obs, actions, logprobs, advantages, returns = (x.flatten(0, 1) for x in batch)
     for _epoch in range(args.update_epochs):
         epoch_kl = []
-        for mb_inds in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
+        for mb_inds in torch.randperm(len(obs), device=obs.device).tensor_split(args.num_minibatches):
             value_loss = 0.5 * ((agent.get_value(obs[mb_inds]) - returns[mb_inds]) ** 2).mean()
             losses["value_loss"].append(value_loss.detach())
             loss, trained = 0.5 * value_loss, list(agent.critic.parameters())
@@ -312,7 +312,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         agent.load_state_dict(checkpoint["agent"])
         # Without Adam's moments its first steps would hurt a trained policy; step sizes are ours
         optimizer.load_state_dict(optimizer.state_dict() | dict(state=checkpoint["optimizer"]["state"]))
-    for p in agent.critic.parameters() if not continued else ():  # those are of another reward
+    for p in agent.critic.parameters() if not continued else ():  # of another reward
         optimizer.state.pop(p, None)
     run_dir, writer = make_run_dir(args, f"{SCRIPT}-evaluate" if args.evaluate else SCRIPT)
     if args.evaluate:
@@ -363,7 +363,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scored = (looked_at | (args.reward_render_mode == "always")).nonzero().squeeze(-1)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
             called_done, success = probs > args.threshold, info["success"]
-            if args.done_by == "resnet":  # no picture shows a robot at rest: at the goal counts
+            if args.done_by == "resnet":  # no picture shows rest
                 done = done.index_put((scored,), called_done | done[scored])
                 success = info.get("is_obj_placed", success)
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
@@ -439,14 +439,14 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
     sys.path.append(os.getcwd())
     try:
         importlib.import_module(module or "mani_skill.envs")
-        cls = REGISTERED_ENVS[env_id].cls
+        spec = REGISTERED_ENVS[env_id]
     except Exception as error:  # whatever is in there
         fail(f"there is no task {env_id} in {module or 'ManiSkill'}: {error!r}")
-    choice = inspect.signature(cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
-    robots = cls.SUPPORTED_ROBOTS if choice else []
+    choice = inspect.signature(spec.cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
+    robots = spec.cls.SUPPORTED_ROBOTS if choice else []
     if robot_uids and robots is not None and robot_uids not in robots:
         fail(f"--robot-uids {robot_uids}: {env_id} has {', '.join(map(str, robots)) or 'a robot of its own'}")
-    robot_uids = robot_uids or (choice.default if choice else "")
+    robot_uids = robot_uids or spec.default_kwargs.get("robot_uids") or (choice.default if choice else "")
     return dict(env_id=env_id, robot_uids=robot_uids, control_mode=control_mode)
 
 
@@ -863,7 +863,7 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
     """The newest in --resume-dir, by the timestamps and steps in the paths; it must be of `task`."""
     try:
         files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
-        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file)))])
+        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file))[-4:])])
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["task"] != (task or checkpoint["task"]):
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
@@ -955,7 +955,7 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str = ""):
-        with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
             self.stream.flush()
 
@@ -1014,7 +1014,7 @@ if __name__ == "__main__":
     task = contract and {name: contract[name] for name in ("env_id", "robot_uids", "control_mode")}
     checkpoint = load_checkpoint(args, task) if args.resume_dir or not task else None
     if checkpoint is None:
-        say(f"{SCRIPT}: warning: without --resume-dir the policy will hardly ever reach what the ResNet pays for")
+        say("warning: without --resume-dir the policy will hardly ever reach what the ResNet pays for")
     task = task or checkpoint["task"]
     if args.env_id and find_task(**task | dict(env_id=args.env_id)) != task:
         fail(f"--env-id {args.env_id}: the reward model or the policy is of {task['env_id']}")

@@ -149,7 +149,7 @@ def train(args: Args, data: dict, contract: dict):
     torch.manual_seed(args.seed)
     try:
         model = RewardModel(args.arch, args.input_size, weights="DEFAULT" if args.pretrained else None)
-    except OSError as error:
+    except Exception as error:  # a network has many
         say(f"warning: ImageNet's weights cannot be downloaded ({error})")
         model = RewardModel(args.arch, args.input_size)
     model.to(DEVICE, memory_format=torch.channels_last)
@@ -169,15 +169,14 @@ def train(args: Args, data: dict, contract: dict):
     val_weights /= val_weights.mean()
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: out of sight
-    frame_losses = torch.full_like(train_labels, torch.inf)  # of each frame when it was shown last
     repeats = -(-args.epoch_frames // len(train_idx))
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 
     # Where an interrupted training stopped
-    same = dict(frames=len(train_idx), arch=args.arch, input_size=args.input_size, seed=args.seed)
+    same = dict(frames=[len(train_idx), len(val_idx)], arch=args.arch, input_size=args.input_size, seed=args.seed)
     state = dict(same=same, epoch=0, best_epoch=0, best_losses=torch.full_like(val_labels, torch.inf),
-                 frame_losses=frame_losses)
+                 frame_losses=torch.full_like(train_labels, torch.inf))  # of each when it was shown last
     folder = Path(args.save_dir)
     if args.resume:
         state = load_last_model(folder / "last_model.pt", same, model, optimizer)
@@ -266,8 +265,8 @@ TO_GOAL = ("to_goal_x", "to_goal_y", "to_goal_z")
 
 
 def read_data(data_path):
-    """What is in the folders: (M,) arrays `files`, `labels` (True: success), `labelled`, `episodes` (a frame
-    without a row is its own), `to_goal` (M, 3) metres (NaN: not known), `kinds` {kind: bool}; the contract."""
+    """What is in the folders: (M,) arrays `files`, `labels` (True: success), `episodes` (a frame without
+    a row is its own), `to_goal` (M, 3) metres (NaN: not known), `kinds` {kind: bool}; the contract, or {}."""
     rows, contracts = [], []
     for folder in map(Path, data_path):
         found, contract = read_folder(folder)
@@ -292,8 +291,8 @@ def read_folder(folder: Path):
             contract = PICTURES
         else:
             views_mirror(contract["views"])  # can be read
-            if contract["format_version"] != 4 or not 32 <= contract["width"] <= 4096:
-                raise ValueError("it is of another version of the project, or of a strange size")
+            if contract["format_version"] != 4:
+                raise ValueError("it is of another version of the project")
         with open(index, newline="", encoding="utf-8-sig") if index.exists() else io.StringIO() as table:
             for row in csv.DictReader(table):
                 to_goal = [float(row.get(axis) or "nan") for axis in TO_GOAL]
@@ -304,7 +303,8 @@ def read_folder(folder: Path):
                     raise ValueError(f"{row['file']} is labelled {row['label']}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
         fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(e).__name__}: {str(e)[:150]}")
-    for label in [label for label in LABELS if (folder / label).is_dir()] or [""]:  # or nobody says what
+    labels = [label for label in LABELS if (folder / label).is_dir()]
+    for label in labels or [""]:
         for file in sorted((folder / label).iterdir()) if folder.is_dir() else ():
             if file.name.startswith(".") or file.name.endswith((".tmp", "Thumbs.db", "desktop.ini")):
                 continue
@@ -312,10 +312,10 @@ def read_folder(folder: Path):
                 fail(f"{file} is neither a PNG nor a JPEG")
             own = dict(episodes=str(file), final=False, to_goal=[np.nan] * 3)
             row = rows.pop(f"{label}/{file.name}", own)
-            found.append(row | dict(files=str(file), labels=label == "success", labelled=label != ""))
+            found.append(row | dict(files=str(file), labels=label == "success"))
     if rows:
         say(f"warning: {len(rows)} rows of {index} match no file, such as {next(iter(rows))}")
-    return found, contract
+    return found, contract if labels else {}
 
 
 def views_mirror(views: dict) -> bool:
@@ -392,7 +392,7 @@ def draw_pictures(path: Path, files, probs, done, columns=6, size=192):
 def write_table(path: Path, *rows):
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
-    write_file(path, table.getvalue().encode())
+    write_file(path, table.getvalue().encode(errors="surrogateescape"))
 
 
 def write_report(probs, data, idx, args, name: str):
@@ -415,12 +415,12 @@ def evaluate_reward_model(args):
     """Score --evaluate's model on all pictures of --data-path."""
     model, known = load_reward_model(args.evaluate, DEVICE)
     (data, contract), path = read_data(args.data_path), Path(args.save_dir)
-    if data["labelled"].all() and differences(known, contract):
+    if contract and differences(known, contract):
         fail(f"{args.evaluate} knows other frames than {args.data_path[0]}: {differences(known, contract)}")
     path.mkdir(parents=True, exist_ok=True)
     files, name = data["files"], Path(args.data_path[0]).resolve().name
     probs = model.predict(load_frames(files, contract, model, "decoding"))
-    if data["labelled"].all():
+    if contract:
         return write_report(probs, data, np.arange(len(probs)), args, f"_{name}")
     probs = probs.cpu().numpy()
     write_table(path / f"{name}.csv", ("picture", "probability"), *zip(files, probs.round(6)))
@@ -503,7 +503,7 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str = ""):
-        with contextlib.suppress(OSError, AttributeError):  # it is None where it was closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is None where it was closed
             self.stream.write(text)
             self.stream.flush()
 
@@ -556,5 +556,5 @@ if __name__ == "__main__":
     args = parse_args()
     try:
         evaluate_reward_model(args) if args.evaluate else train(args, *read_data(args.data_path))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fail(f"{error}; what was written before is whole: mend that, then resume")

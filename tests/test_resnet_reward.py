@@ -264,11 +264,12 @@ def test_nothing_follows_an_end_that_is_paid(tmp_path, flags, worth):
     assert (agent.get_value(obs) - worth).abs().max() < 0.45
 
 
-def test_a_success_that_is_missed_is_only_a_cut(tmp_path):
-    """Where the ResNet pays for nothing, what the critic expected after an episode's end is what it goes on to expect."""
+@pytest.mark.parametrize("soft", [[], ["--use-soft-reward"]])
+def test_a_success_that_is_missed_is_only_a_cut(tmp_path, soft):
+    """Where no frame looks done, what the critic expected after an episode's end is what it goes on to expect."""
     model, start = random_reward_model(tmp_path / "model.pt"), dense_checkpoint(tmp_path)
     run("ppo_resnet_reward", tmp_path, "--reward-checkpoint", model, "--threshold", "1", "--resume-dir", start, "--gamma", "1",
-        "--gae-lambda", "1", "--critic-warmup", "6", "--num-iterations", "6", "--learning-rate", "1e-3",
+        *soft, "--gae-lambda", "1", "--critic-warmup", "6", "--num-iterations", "6", "--learning-rate", "1e-3",
         "--no-anneal-lr")
     run_dir, = tmp_path.glob("logs/*")
     assert scalars(run_dir)["env/episode_len"][6] < 35, "successes end episodes"

@@ -487,7 +487,8 @@ def broken_index(data):
 
 
 @pytest.mark.parametrize("prepare, says", [
-    (tiny_metadata, "of a strange size"), (one_class, "two episodes of each class are needed; 0 have successes"),
+    (tiny_metadata, "is (224, 224) and metadata.json says (8, 224)"),
+    (one_class, "two episodes of each class are needed; 0 have successes"),
     (too_few, "two episodes of each class are needed; 1 have successes, 1 failures"),
     (truncated_png, "failure/0020.png is not a whole picture"),
     (wrong_size, "success/0003.png is (64, 64) and metadata.json says (224, 224)"), (bomb, "success/0003.png is "),
