@@ -162,8 +162,8 @@ class Audit:
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
-        # One an episode: the next look the same. Not with the cube at the goal and the robot still moving,
-        # which a picture cannot tell from success: as failures they would teach against success
+        # One an episode: the next look the same. Not with the cube at the goal and the robot still
+        # moving, which a picture cannot tell from success: as failures they would teach against success
         success, at_goal = info["success"][scored], info.get("is_obj_placed", info["success"])[scored]
         wrong = (called_done != success) & (success == at_goal) & ~self.wrong_before[scored]
         wrong = wrong.nonzero().squeeze(-1)
@@ -391,8 +391,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         # Update
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
-        # At an end that is not paid, a time-out or a success that is missed, the value of the true last
-        # observation stands for what would follow; with --done-by time nothing does
+        # At an end that is not paid, a time-out or a success that is missed, the value of the true
+        # last observation stands for what would follow; with --done-by time nothing does
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns, train_policy = advantages + values, global_step > args.critic_warmup
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args, train_policy)
