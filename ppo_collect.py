@@ -353,8 +353,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
 # -------------------- scenes
 
 def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
-    """A task's names. As in gymnasium "module:Task-v1" imports the module first, also from the working directory;
-    a command may ask for that, never a file, which may be someone else's."""
+    """A task's names. "module:Task-v1" imports the module first, also from the working directory: a command
+    may ask for that, never a file, which may be someone else's."""
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     module, _, env_id = env_id.rpartition(":")
@@ -386,7 +386,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
                              view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
-    def refuse(question):  # every rank would ask whether to download files; the second word is whose
+    def refuse(question):  # every rank would ask; the second word says whose files
         fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
 
     many = sim_backend == "physx_cpu" and not camera
@@ -478,7 +478,7 @@ class PhysxTable:
 
 class PhysxCpuScenes:
     """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: all but
-    physics is ManiSkill's batched code. tests/test_env.py compares every number with stock scenes."""
+    physics is ManiSkill's batched code."""
     __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
 
     def __init__(self, env):
@@ -755,7 +755,7 @@ COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_s
 
 
 def cube_to_goal(envs):
-    """(N, 3) metres in the world, for tasks that have a `cube` and a `goal_site` as PickCube has; else NaN."""
+    """(N, 3) metres; NaN for tasks without a `cube` and a `goal_site`."""
     try:
         return envs.goal_site.pose.p - envs.cube.pose.p
     except AttributeError:
@@ -864,7 +864,7 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
-    """The newest in --resume-dir, by the timestamps and steps in the paths; it must be of `task`."""
+    """The newest in --resume-dir, by the numbers in the paths; it must be of `task`."""
     try:
         files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
         file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file))[-4:])])
@@ -950,7 +950,7 @@ def on_stop_signal(handle):
 
 
 class Output:
-    """sys.stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
+    """stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -972,7 +972,7 @@ def say(text: str):
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    """One line on stderr, exit code 2."""
     time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(2)

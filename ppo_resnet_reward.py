@@ -1,9 +1,9 @@
 """Stage 4: train stage 3's policy on with stage 2's ResNet as its only reward.
 
-    reads   reward_checkpoints/best_model.pt, which also says of what task it is
-            and how its pictures are taken; a checkpoint of ppo_dense.py
+    reads   reward_checkpoints/best_model.pt, which says what the task is and
+            how pictures are taken; a checkpoint of ppo_dense.py
     writes  logs/<timestamp>-ppo_resnet_reward/  TensorBoard events, args.json,
-                                         videos/, checkpoints/global_step_<N>/
+            videos/, checkpoints/global_step_<N>/
 
     python ppo_resnet_reward.py --resume-dir logs/<run of ppo_dense.py>
     python ppo_resnet_reward.py --resume-dir ... --done-by resnet
@@ -61,7 +61,7 @@ Share = NewType("Share", float)  # a number between 0 and 1
 @dataclass
 class Args:
     seed: int = 1  # of the scenes and the policy; evaluation has its own
-    env_id: str = ""  # module:Task-v1, to import a module; it is the reward model's
+    env_id: str = ""  # module:Task-v1, to import a module
     sim_backend: Literal[BACKENDS] = BACKENDS[0]  # where physics runs
     num_procs: int = field(default_factory=lambda: min(usable_cores(), 4))  # a CPU's ranks share the scenes
     log_dir: str = "logs"  # parent of the runs' folders
@@ -339,7 +339,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 
     bar = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
     first_env_steps, start_time = env_steps, time.time()
-    stop_signals, stopping = [], False
+    stop_signals, stopping, first = [], False, None
     on_stop_signal(stop_signals.append)
     while global_step < args.num_iterations and not stopping:
         global_step += 1
@@ -406,7 +406,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scalars["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
             sps = (env_steps - first_env_steps) / (time.time() - start_time)
             scalars |= {"charts/SPS": sps, "charts/env_steps": env_steps}
-            bar.n = global_step
+            bar.n, first = global_step, first or scalars
             log_iteration(writer, bar, global_step, sums, scalars)
 
         # Checkpoint, then evaluate
@@ -422,6 +422,10 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     bar.close()
     say(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s: "
         f"{run_dir}/checkpoints/global_step_{global_step}")
+    if first:
+        text = [f"{name} {first.get(name, 0):.3f} -> {scalars.get(name, 0):.3f}"
+                for name in ("env/success_once", "env/episode_len")]
+        say("before -> after: " + ", ".join(text))
     if stopping:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
 
@@ -431,8 +435,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 # -------------------- scenes
 
 def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
-    """A task's names. As in gymnasium "module:Task-v1" imports the module first, also from the working directory;
-    a command may ask for that, never a file, which may be someone else's."""
+    """A task's names. "module:Task-v1" imports the module first, also from the working directory: a command
+    may ask for that, never a file, which may be someone else's."""
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     module, _, env_id = env_id.rpartition(":")
@@ -464,7 +468,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
                              view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
-    def refuse(question):  # every rank would ask whether to download files; the second word is whose
+    def refuse(question):  # every rank would ask; the second word says whose files
         fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
 
     many = sim_backend == "physx_cpu" and not camera
@@ -556,7 +560,7 @@ class PhysxTable:
 
 class PhysxCpuScenes:
     """Many scenes of PhysX on a CPU, with the interface of the one system that has many on a GPU: all but
-    physics is ManiSkill's batched code. tests/test_env.py compares every number with stock scenes."""
+    physics is ManiSkill's batched code."""
     __class__ = sapien.physx.PhysxGpuSystem  # what isinstance sees
 
     def __init__(self, env):
@@ -726,7 +730,7 @@ COLUMNS = ("file", "label", "episode", "step", "is_final", "global_step", "env_s
 
 
 def cube_to_goal(envs):
-    """(N, 3) metres in the world, for tasks that have a `cube` and a `goal_site` as PickCube has; else NaN."""
+    """(N, 3) metres; NaN for tasks without a `cube` and a `goal_site`."""
     try:
         return envs.goal_site.pose.p - envs.cube.pose.p
     except AttributeError:
@@ -860,7 +864,7 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
-    """The newest in --resume-dir, by the timestamps and steps in the paths; it must be of `task`."""
+    """The newest in --resume-dir, by the numbers in the paths; it must be of `task`."""
     try:
         files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
         file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file))[-4:])])
@@ -946,7 +950,7 @@ def on_stop_signal(handle):
 
 
 class Output:
-    """sys.stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
+    """stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -968,7 +972,7 @@ def say(text: str):
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    """One line on stderr, exit code 2."""
     time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(2)

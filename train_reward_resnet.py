@@ -494,7 +494,7 @@ def on_stop_signal(handle):
 
 
 class Output:
-    """sys.stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
+    """stdout or stderr; that nobody can read it any more (| tee, a full disk) is no reason to end."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -516,7 +516,7 @@ def say(text: str):
 
 
 def fail(message: str):
-    """End with exit code 2 and one line on stderr: what is wrong, and what to do."""
+    """One line on stderr, exit code 2."""
     time.sleep(10 if RANK > 0 else 0)  # rank 0 says it: the first rank that fails ends all
     print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -233,8 +233,11 @@ def test_stage_4_continues(tmp_path):
     its own: on."""
     model, start = random_reward_model(tmp_path / "model.pt"), dense_checkpoint(tmp_path)
     args = ["--reward-checkpoint", model, "--critic-warmup", "2"]
-    run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--num-iterations", "2")
+    out, _ = run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--num-iterations", "2")
     run_dir, = run_dirs(tmp_path)
+    success, metrics = scalars(run_dir)["env/success_once"], scalars(run_dir)["env/episode_len"]
+    assert f"before -> after: env/success_once {success[1]:.3f} -> {success[2]:.3f}, " in out
+    assert f"env/episode_len {metrics[1]:.3f} -> {metrics[2]:.3f}\n" in out
     before = torch.load(start / "checkpoint.pt", weights_only=True)["agent"]
     warm = torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)
     for key, value in warm["agent"].items():
