@@ -997,7 +997,6 @@ def make_run_dir(args, name: str = SCRIPT):
 
 def parse_args():
     """Numbers are finite and not negative, most counts at least 1, shares at most 1."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     args = tyro.cli(Args, description=__doc__)
     for flag in fields(args):
         value, low = getattr(args, flag.name), int(flag.type is int and flag.name not in ("seed", "critic_warmup"))
@@ -1008,6 +1007,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins
     torch.set_num_threads(1)  # threads cannot be forked, and slow other runs down
     args = parse_args()
