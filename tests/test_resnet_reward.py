@@ -287,8 +287,8 @@ def test_nothing_privileged(tmp_path, monkeypatch):
     dense, model = dense_checkpoint(tmp_path), random_reward_model(tmp_path / "model.pt")
     make_envs, noise = ppo_resnet_reward.ManiSkillEnvs, torch.Generator().manual_seed(0)
 
-    def make_lying_envs(*args):
-        envs = make_envs(*args)
+    def make_lying_envs(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
         step = envs.step
 
         def lie(action):
