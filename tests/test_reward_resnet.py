@@ -493,7 +493,7 @@ def broken_index(data):
     (truncated_png, "failure/0020.png is not a whole picture"),
     (wrong_size, "success/0003.png is (64, 64) and metadata.json says (224, 224)"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"),
-    (many_unusable, " files cannot be used: data/success/00"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
+    (many_unusable, "; data/success/00"), (another_file, "notes.txt is neither a PNG nor a JPEG"),
     (sixteen_bits, "failure/0007.png is not a whole picture of 8 bits a channel (Pillow's"),
     (wrong_label, "failure/0001.png is labelled"), (broken_index, "index.csv, row 2"),
     (shutil.rmtree, "data: no pictures"),
