@@ -18,7 +18,7 @@ import torch.nn as nn
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_reward_resnet import Args, RewardModel, augment, fast_bf16, load_frames  # noqa: E402
+from train_reward_resnet import RewardModel, augment, fast_bf16, load_frames  # noqa: E402
 
 BATCH = 32
 
@@ -99,11 +99,11 @@ if __name__ == "__main__":
 
     def memory_epoch():
         for batch in torch.randperm(len(frames)).split(BATCH):
-            augment(frames[batch], torch.zeros(len(batch), 3), Args(), True)
+            augment(frames[batch], torch.zeros(len(batch), 3), 0.02, 0.2, True)
 
     def png_epoch(workers):
         loader = torch.utils.data.DataLoader(PNGs(files), BATCH, shuffle=True, num_workers=workers)
-        return lambda: [augment(batch, torch.zeros(len(batch), 3), Args(), True) for batch in loader]
+        return lambda: [augment(batch, torch.zeros(len(batch), 3), 0.02, 0.2, True) for batch in loader]
 
     print("batches alone, without the network, frames a second")
     print(f"  decoded once into memory      {rate(memory_epoch, len(files), 3):8.0f}")
