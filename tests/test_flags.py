@@ -154,6 +154,15 @@ def test_variables_of_batch_systems(tmp_path, variables):
     assert out.stdout == "0 1 False\n", out.stderr
 
 
+@pytest.mark.parametrize("script", ["ppo_collect", "ppo_dense", "ppo_resnet_reward"])
+def test_a_process_of_ppo_computes_with_one_thread(tmp_path, monkeypatch, script):
+    """More would spin while they wait, and take a second run's cores."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    run(script, tmp_path, "--seed", "-1", code=2)
+    assert threads[0] == 1
+
+
 def test_two_runs_at_once(tmp_path, all_cores):
     """Beside a second run, a run keeps a fair part of its speed: waiting threads do not spin for long."""
     def start(name):
