@@ -158,7 +158,7 @@ class Audit:
 
     def update(self, sums: dict, called_done, success, scored, frames, envs, info, done, *when, **counters):
         """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
-        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # ends
+        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # resnet: only ends
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
@@ -1018,7 +1018,7 @@ if __name__ == "__main__":
     task = contract and {name: contract[name] for name in ("env_id", "robot_uids", "control_mode")}
     checkpoint = load_checkpoint(args, task) if args.resume_dir or not task else None
     if checkpoint is None:
-        say("warning: without --resume-dir the policy will hardly ever reach what the ResNet pays for")
+        say("warning: without --resume-dir the policy hardly ever reaches what the ResNet pays for")
     task = task or checkpoint["task"]
     if args.env_id and find_task(**task | dict(env_id=args.env_id)) != task:
         fail(f"--env-id {args.env_id}: the reward model or the policy is of {task['env_id']}")
