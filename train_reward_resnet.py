@@ -63,7 +63,7 @@ class Args:
     lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
-    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side, further if few
+    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side; more for few frames
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -169,7 +169,7 @@ def train(args: Args, data: dict, contract: dict):
     val_weights /= val_weights.mean()
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: out of sight
-    repeats = -(-args.epoch_frames // len(train_idx))
+    repeats = -(-args.epoch_frames // len(train_idx))  # what is shown more often is shifted further
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 

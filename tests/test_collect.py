@@ -456,6 +456,18 @@ def test_full_disk(tmp_path):
             assert image.size == (224, 224)
 
 
+def test_a_full_folder_for_temporary_files(tmp_path):
+    """Nothing is kept there: the frames are written all the same."""
+    (tmp_path / "full").mkdir()
+    script = (f"mount -t tmpfs -o size=8k tmpfs {tmp_path}/full && cd {tmp_path} && head -c 20000 /dev/zero > full/file; "
+              f"TMPDIR={tmp_path}/full {sys.executable} {ROOT}/ppo_collect.py {' '.join(SMALL)} --num-procs 1 --num-envs 2 "
+              "--num-minibatches 2 --num-iterations 1 --sample-rate-fail 1")
+    result = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True,
+                            text=True, timeout=120)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert list((tmp_path / "data/failure").glob("*.png"))
+
+
 def test_help_names_every_flag():
     help_text, _ = run_script.run("ppo_collect", ".", "--help")
     for name in ppo_collect.Args.__dataclass_fields__:
