@@ -307,10 +307,10 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
     return dict(env_id=env_id, robot_uids=robot_uids, control_mode=control_mode)
 
 
-def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[dict] = None):
+def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
-    dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side; one
-    with `mount` moves with the task's object of that name."""
+    dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side and
+    move with the task's object `mount`; a film's are the task's own."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
@@ -318,22 +318,24 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera: Optional[di
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
         return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
-                             view["fov"], mount=getattr(env, view.get("mount", ""), None), shader_pack="minimal")
+                             view["fov"], mount=getattr(env, view.get("mount", ""), None))
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
     def refuse(question):  # every rank would ask; the second word says whose files
         fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
 
-    many = sim_backend == "physx_cpu" and not camera
+    many, own = sim_backend == "physx_cpu" and not camera, (camera or {}).get("film", {})
     chosen = {name: task[name] for name in ("robot_uids", "control_mode") if task[name]}
     try:
         cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
-        with (patch.object(cls, "_default_human_render_camera_configs", property(cameras)),
+        views = cls._default_human_render_camera_configs if own else property(cameras)
+        with (patch.object(cls, "_default_human_render_camera_configs", views),
               patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
               patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
               patch("mani_skill.utils.download_asset.prompt_yes_no", refuse)):
             env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
                            reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
+                           human_render_camera_configs=dict(own, shader_pack="minimal"),
                            render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
         fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
@@ -522,10 +524,9 @@ class ManiSkillEnvs(gym.Wrapper):
     `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
     """
 
-    def __init__(self, args, task: dict, num_envs: int, camera: Optional[dict] = None):
+    def __init__(self, args, task: dict, num_envs: int, camera=None):
         on_gpu = args.sim_backend == "physx_cuda"
-        backend = f"physx_{DEVICE}" if on_gpu else "physx_cpu"
-        super().__init__(make_scenes(task, num_envs, backend, camera if on_gpu else None))
+        super().__init__(make_scenes(task, num_envs, f"physx_{DEVICE}" if on_gpu else "physx_cpu", on_gpu and camera))
         self.max_episode_steps, self.studio = self.env._max_episode_steps, None
         if not isinstance(self.single_action_space, gym.spaces.Box):
             fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions")
@@ -546,7 +547,7 @@ class ManiSkillEnvs(gym.Wrapper):
         if camera:
             if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
-            self.studio = self if on_gpu else make_scenes(task, 1, backend, camera).unwrapped
+            self.studio = self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped
             # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
             for hidden in [] if camera["show_goal_site"] else self.studio._hidden_objects:
                 for entity in hidden._objs:
@@ -575,8 +576,7 @@ class ManiSkillEnvs(gym.Wrapper):
 
 # -------------------- runs and ranks
 
-FILM_VIEWS = dict(all=dict(pose=[0.75, 0.65, 0.55, 0.3445, 0.15807, 0.05896, -0.9235], fov=0.5))
-FILM_CAMERA = dict(views=FILM_VIEWS, width=224, height=224, meshes="light", show_goal_site=True)
+FILM_CAMERA = dict(film=dict(width=224, height=224), meshes="light", show_goal_site=True)
 
 
 @torch.no_grad()

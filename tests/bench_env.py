@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ppo_collect import CAMERAS, FILM_VIEWS, Agent, Args, ManiSkillEnvs, find_task  # noqa: E402
+from ppo_collect import CAMERAS, FILM_CAMERA, Agent, Args, ManiSkillEnvs, find_task  # noqa: E402
 
 POLICY = Path(__file__).with_name("policy.pt")
 
@@ -140,10 +140,10 @@ def all_cores(num_envs, rounds):
 
 
 def rendering(frames=30):
-    views = {"frames of 224x224, two views": CAMERAS["goal"], "one view of the whole scene": FILM_VIEWS}
-    frame = dict(width=224, height=224, shader_pack="minimal", show_goal_site=True)
-    envs = {(name, meshes): make("PickCube-v1", 1, dict(frame, views=view, meshes=meshes))
-            for name, view in views.items() for meshes in ("light", "stock")}
+    frames_of = dict(width=224, height=224, views=CAMERAS["goal"], show_goal_site=True)
+    cameras = {"frames of 224x224, two views": frames_of, "a film's, of the whole scene": FILM_CAMERA}
+    envs = {(name, meshes): make("PickCube-v1", 1, dict(camera, meshes=meshes))
+            for name, camera in cameras.items() for meshes in ("light", "stock")}
     times = {key: [] for key in envs}
     for env in envs.values():
         env.reset(seed=0)
@@ -155,7 +155,7 @@ def rendering(frames=30):
             env.render_frames(torch.tensor([0]))
             times[key].append(1000 * (time.perf_counter() - start))
     print(f"milliseconds a frame (median of {frames - 5})\n\n| | light meshes | stock meshes | ratio |\n|---|---|---|---|")
-    for name in views:
+    for name in cameras:
         light, stock = (np.array(times[name, meshes][5:]) for meshes in ("light", "stock"))
         print(f"| {name} | {np.median(light):.1f} | {np.median(stock):.1f} | {np.median(stock / light):.1f} |")
 
