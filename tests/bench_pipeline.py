@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
@@ -85,20 +86,25 @@ class Pipeline:
             with open(self.folder / "fresh.log", "w") as log:
                 subprocess.run(command, cwd=self.folder, stdout=log, stderr=log, check=True)
 
-    def ends_that_are_paid(self, report: Path) -> dict:
-        """{label: for each of the report's frames that end an episode, whether it is above stage 4's threshold}"""
+    def verdicts(self, report: Path) -> dict:
+        """{row of the table: share of the report's frames}: of the ends of episodes those above stage 4's threshold, and how
+        right the model is by the cube's distance from the rim, 25 mm from the goal."""
         from ppo_resnet_reward import Args
-        paid, ends = dict(success=[], failure=[]), {}
+        rows, frames = [], {}
         with open(report) as f:
             for row in csv.DictReader(f):
                 file = self.folder / row["file"]
-                data = file.parents[1]
-                if data not in ends:
-                    with open(data / "index.csv") as index:
-                        ends[data] = {frame["file"] for frame in csv.DictReader(index) if frame["is_final"] == "1"}
-                if f"{row['label']}/{file.name}" in ends[data]:
-                    paid[row["label"]].append(float(row["probability"]) > Args.threshold)
-        return paid
+                if file.parents[1] not in frames:
+                    with open(file.parents[1] / "index.csv") as index:
+                        frames[file.parents[1]] = {frame["file"]: frame for frame in csv.DictReader(index)}
+                rows.append(row | frames[file.parents[1]][f"{row['label']}/{file.name}"])
+        probability = np.array([float(row["probability"]) for row in rows])
+        success, end = np.array([(row["label"] == "success", row["is_final"] == "1") for row in rows]).T
+        from_rim = np.array([abs(1000 * float(row["cube_to_goal"]) - 25) for row in rows])  # mm
+        right, paid = (probability > 0.5) == success, probability > Args.threshold
+        return {"failed ends paid": paid[end & ~success].mean(), "successes paid": paid[end & success].mean(),
+                "right, 2 mm or more from the rim": right[from_rim >= 2].mean(),
+                "of its errors within 2.5 mm of the rim": (from_rim < 2.5)[~right].mean()}
 
     def results(self) -> dict:
         """{row of the table: number or None}"""
@@ -127,9 +133,8 @@ class Pipeline:
                 rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
                 for kind in ("ends an episode", "near miss"):
                     rows[f"stage 2, {name}: {kind}"] = report["kinds"][kind]["accuracy"]
-                paid = self.ends_that_are_paid((self.folder / file).with_suffix(".csv"))
-                rows[f"stage 2, {name}: failed ends paid"] = statistics.mean(paid["failure"])
-                rows[f"stage 2, {name}: successes paid"] = statistics.mean(paid["success"])
+                for row, share in self.verdicts((self.folder / file).with_suffix(".csv")).items():
+                    rows[f"stage 2, {name}: {row}"] = float(share)
         rows["stage 2: minutes"] = seconds["2"] / 60
         policy(3)
         for tag in ("env/success_once", "env/episode_len", "reward_model/precision", "reward_model/recall"):
