@@ -57,13 +57,13 @@ class Args:
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # torchvision's
     input_size: int = 224 if GPU else 112  # side in pixels to which frames are scaled
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
-    epochs: int = 100 if GPU else 14  # passes over the frames at most
-    epoch_frames: int = 1000  # at least, in an epoch: fewer are shown several times
+    epochs: int = 100 if GPU else 9  # passes over the frames at most
+    epoch_frames: int = 2500  # at least, in an epoch: fewer are shown several times
     batch_size: int = 64 if GPU else 32  # frames in one step
     lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
-    random_shift: Share = 0.02  # augmentation: shift by up to this share of the side; more for few frames
+    random_shift: Share = 0.02  # augmentation: by up to this share of the side, more if frames are few
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -171,6 +171,7 @@ def train(args: Args, data: dict, contract: dict):
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: out of sight
     repeats = -(-args.epoch_frames // len(train_idx))  # what is shown more often is shifted further
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
+    shift *= not any("mount" in view for view in contract.get("views", {}).values())  # the goal is in the middle
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
 
     # Where an interrupted training stopped
@@ -229,8 +230,7 @@ def train(args: Args, data: dict, contract: dict):
         change = val_losses - state["best_losses"]
         if change.mean() < 0:
             state |= dict(best_epoch=epoch, best_losses=val_losses)
-        kept = not change.mean() > change.std() / len(change) ** 0.5  # NaN at first
-        if kept:
+        if kept := not change.mean() > change.std() / len(change) ** 0.5:  # NaN at first
             save_model(folder / "best_model.pt", model, contract, args)
         save_model(folder / "last_model.pt", model, contract, args, state=state, optimizer=optimizer.state_dict())
 
@@ -248,7 +248,7 @@ def train(args: Args, data: dict, contract: dict):
     report, picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
-    text = f"{folder / 'best_model.pt'} is ready{' for stage 4' if 'views' in contract else ''}"
+    text = f"{folder / 'best_model.pt'} is ready"
     if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < 0.5 + len(val_idx) ** -0.5:
         text = f"warning: {folder / 'best_model.pt'} is hardly better than guessing"  # two standard errors
     say(f"{text}: {report['accuracy']:.1%} of {len(val_idx)} held-out frames are right")

@@ -32,7 +32,7 @@ def read_run(folders: list, tag: str) -> list:
     return sorted(found.items())
 
 
-def plot(path: Path, runs: dict, tags: list, smooth: int, film: bool):
+def plot(path: Path, runs: dict, tags: list, smooth: int, film=None):
     """`runs` {name: {tag: [(env steps, value)]}}"""
     columns = min(len(tags), 3)
     figure, axes = plt.subplots(1 + bool(film), columns, figsize=(4 * columns, 3.4 + 2.2 * bool(film)), squeeze=False)
