@@ -163,7 +163,7 @@ class Audit:
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
         # One an episode: the next look the same. Not with the cube at the goal and the robot still
-        # moving, which a picture cannot tell from success: as failures they would teach against success
+        # moving, which a picture cannot tell from success
         success, at_goal = info["success"][scored], info.get("is_obj_placed", info["success"])[scored]
         wrong = (called_done != success) & (success == at_goal) & ~self.wrong_before[scored]
         wrong = wrong.nonzero().squeeze(-1)
@@ -315,8 +315,9 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     for p in agent.critic.parameters() if not continued else ():  # of another reward
         optimizer.state.pop(p, None)
     run_dir, writer = make_run_dir(args, f"{SCRIPT}-evaluate" if args.evaluate else SCRIPT)
+    log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
     if args.evaluate:
-        return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
+        return
 
     # Scenes: neither another rank nor another seed nor a run that goes on may repeat their episodes
     envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, None if args.oracle else contract)

@@ -533,6 +533,27 @@ def test_bad_checkpoints(data, tmp_path, write):
     assert "last_model.pt cannot be gone on with" in err and "Traceback" not in err
 
 
+def test_few_frames_are_shifted_further_but_not_where_the_goal_is_in_the_middle(data, tmp_path, monkeypatch):
+    """A view that moves with the goal has it in the middle of every picture."""
+    shifts = []
+
+    def watched(frames, cm, shift, *more):
+        shifts.append(shift)
+        return augment(frames, cm, shift, *more)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_reward_resnet, "augment", watched)
+    monkeypatch.setattr(train_reward_resnet, "on_stop_signal", lambda handle: None)  # pytest's own stay
+    frames, contract = read_data(["data"])
+    for view in contract["views"].values():
+        assert view["mount"] == "goal_site"
+    args = train_reward_resnet.Args(input_size=32, epochs=1, epoch_frames=1)
+    train_reward_resnet.train(args, frames, contract)
+    assert shifts and not any(shifts)
+    train_reward_resnet.train(args, frames, contract | dict(views=CAMERAS["workspace"]))
+    assert 0.02 < shifts[-1] <= 0.08
+
+
 def test_imagenet_weights(data, tmp_path, monkeypatch):
     """Where there is no network, one line says so and training goes on without; where the weights are, it begins with them."""
     import torchvision
