@@ -10,7 +10,7 @@
     python train_reward_resnet.py            # on a GPU if there is one
     python train_reward_resnet.py --resume   # go on where a run stopped
     python train_reward_resnet.py --evaluate <model.pt> --data-path more
-            if nobody says what they are: probabilities, a contact sheet
+            without success/ and failure/: probabilities, a contact sheet
 """
 import contextlib
 import csv
@@ -59,11 +59,11 @@ class Args:
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
     epochs: int = 100 if GPU else 9  # passes over the frames at most
     epoch_frames: int = 2500  # at least, in an epoch: fewer are shown several times
-    batch_size: int = 64 if GPU else 32  # frames in one step
-    lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls to 0
+    batch_size: int = 64 if GPU else 32  # frames in one step, at least
+    lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
-    random_shift: Share = 0.02  # augmentation: by up to this share of the side, more if frames are few
+    random_shift: Share = 0.02  # augmentation: by this share, more if frames are few; 0 if a view moves
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -149,7 +149,7 @@ def train(args: Args, data: dict, contract: dict):
     torch.manual_seed(args.seed)
     try:
         model = RewardModel(args.arch, args.input_size, weights="DEFAULT" if args.pretrained else None)
-    except Exception as error:  # a network has many
+    except (OSError, RuntimeError) as error:
         say(f"warning: ImageNet's weights cannot be downloaded ({error})")
         model = RewardModel(args.arch, args.input_size)
     model.to(DEVICE, memory_format=torch.channels_last)
@@ -168,7 +168,7 @@ def train(args: Args, data: dict, contract: dict):
     val_weights = frame_weights(labels[val_idx], final[val_idx], args.final_weight)
     val_weights /= val_weights.mean()
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
-    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: out of sight
+    train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: may be out of sight
     repeats = -(-args.epoch_frames // len(train_idx))  # what is shown more often is shifted further
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     shift *= not any("mount" in view for view in contract.get("views", {}).values())  # the goal is in the middle
@@ -249,8 +249,8 @@ def train(args: Args, data: dict, contract: dict):
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
     text = f"{folder / 'best_model.pt'} is ready"
-    if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < 0.5 + len(val_idx) ** -0.5:
-        text = f"warning: {folder / 'best_model.pt'} is hardly better than guessing"  # two standard errors
+    if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < 0.5 + len(val_idx) ** -0.5:  # two standard errors
+        text = f"warning: {folder / 'best_model.pt'} is hardly better than guessing"
     say(f"{text}: {report['accuracy']:.1%} of {len(val_idx)} held-out frames are right")
 
 
