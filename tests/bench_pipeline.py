@@ -100,11 +100,12 @@ class Pipeline:
                 rows.append(row | frames[file.parents[1]][f"{row['label']}/{file.name}"])
         probability = np.array([float(row["probability"]) for row in rows])
         success, end = np.array([(row["label"] == "success", row["is_final"] == "1") for row in rows]).T
-        from_rim = np.array([abs(1000 * float(row["cube_to_goal"]) - 25) for row in rows])  # mm
+        from_rim = np.array([abs(1000 * float(row["cube_to_goal"] or "nan") - 25) for row in rows])  # mm; PickCube's
         right, paid = (probability > 0.5) == success, probability > Args.threshold
-        return {"failed ends paid": paid[end & ~success].mean(), "successes paid": paid[end & success].mean(),
-                "right, 2 mm or more from the rim": right[from_rim >= 2].mean(),
-                "of its errors within 2.5 mm of the rim": (from_rim < 2.5)[~right].mean()}
+        shares = {"failed ends paid": paid[end & ~success], "successes paid": paid[end & success],
+                  "right, 2 mm or more from the rim": right[from_rim >= 2],
+                  "of its errors within 2.5 mm of the rim": (from_rim < 2.5)[~right & ~np.isnan(from_rim)]}
+        return {row: float(share.mean()) for row, share in shares.items() if len(share)}
 
     def results(self) -> dict:
         """{row of the table: number or None}"""
@@ -133,8 +134,8 @@ class Pipeline:
                 rows[f"stage 2, {name}: accuracy"] = report["accuracy"]
                 for kind in ("ends an episode", "near miss"):
                     rows[f"stage 2, {name}: {kind}"] = report["kinds"][kind]["accuracy"]
-                for row, share in self.verdicts((self.folder / file).with_suffix(".csv")).items():
-                    rows[f"stage 2, {name}: {row}"] = float(share)
+                shares = self.verdicts((self.folder / file).with_suffix(".csv"))
+                rows |= {f"stage 2, {name}: {row}": share for row, share in shares.items()}
         rows["stage 2: minutes"] = seconds["2"] / 60
         policy(3)
         for tag in ("env/success_once", "env/episode_len", "reward_model/precision", "reward_model/recall"):

@@ -2,8 +2,9 @@
 
     python tests/plot_runs.py resnet --tags env/success_once env/episode_len -- "ResNet=logs/<run>" "oracle=logs/<run>"
 
-Writes .github/results/resnet.csv (run, tag, env_steps, value) and resnet.png. A run in several parts has its folders with
-commas between them. --smooth averages over that many global steps; --film adds five moments of the last run's last film.
+Writes .github/results/resnet.csv (run, tag, env_steps, value) and resnet.png, and prints a table: the means of the first 10 and
+of the last 20 values, of fewer the first and the last one. A run in several parts has its folders with commas between them.
+--smooth averages over that many global steps; --film adds five moments of the last run's last film.
 """
 import argparse
 import csv
@@ -74,6 +75,14 @@ if __name__ == "__main__":
         writer.writerow(("run", "tag", "env_steps", "value"))
         writer.writerows((name, tag, steps, round(value, 4)) for name, curves in runs.items()
                          for tag, curve in curves.items() for steps, value in curve)
+    print("||" + "|".join(f"`{tag}`" for tag in args.tags) + "|")
+    print("|---" * (len(args.tags) + 1) + "|")
+    for name, curves in runs.items():
+        cells = []
+        for values in ([value for _, value in curves[tag]] or [np.nan] for tag in args.tags):
+            first, end = (10, 20) if len(values) > 30 else (1, 1)
+            cells.append(f"{np.mean(values[:first]):.3f}, {np.mean(values[-end:]):.3f}")
+        print(f"|{name}|" + "|".join(cells) + "|")
     films = [film for folder in folders[list(folders)[-1]] for film in sorted(
         Path(folder).glob("videos/*.mp4"), key=lambda path: int(path.stem.rpartition("_")[2]))]
     plot(RESULTS / f"{args.name}.png", runs, args.tags, args.smooth, films[-1] if args.film else None)

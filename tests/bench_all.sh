@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# All evidence of the README, at one commit: hours on two cores.
+#
+#     bash tests/bench_all.sh              # in the environment of requirements.txt
+#     bash tests/bench_all.sh pipeline     # only what is named so
+#
+# What the runs leave lies in evidence/<commit>; stopped and called again, this goes on with the command that was stopped. The
+# tables and pictures go to .github/results, a table with its command, the machine and the commit.
+set -euo pipefail
+only=${1:-}
+root=$(cd "$(dirname "$0")/.." && pwd)
+commit=$(git -C "$root" log -1 --format=%h -- '*.py' requirements.txt)  # results change no script
+results=$root/.github/results
+mkdir -p "$results" "$root/evidence/$commit" && cd "$root/evidence/$commit"
+
+once() {  # NAME COMMAND...: not again once it has ended well
+    if [[ -e $1.done || $1 != "$only"* ]]; then return; fi
+    mkdir -p "$(dirname "$1")"
+    echo "$(date +%H:%M) $1: ${*:2}"
+    "${@:2}" > "$1.out" 2> "$1.err" || { tail -n 3 "$1.err"; exit 1; }
+    touch "$1.done"
+}
+
+table() {  # NAME COMMAND...: its output is a table
+    once "$@"
+    if [[ $1 != "$only"* ]]; then return; fi
+    local machine
+    machine=$(PYTHONPATH=$root:$root/tests python -c "import bench_pipeline; print(bench_pipeline.machine())")
+    printf '`%s`, on %s:\n\n%s\n' "${*:2}" "$machine" "$(< "$1.out")" | sed "s#$root/##g" > "$results/$1.md"
+}
+
+last() { ls -d "$@" 2> /dev/null | tail -n 1; }
+run() { python "$root/$1.py" "${@:2}"; }
+bench() { python "$root/tests/$1.py" "${@:2}"; }
+stage_4() { run ppo_resnet_reward --resume-dir pipeline/seed_1/logs/*-ppo_dense --reward-checkpoint pipeline/seed_1/reward_checkpoints "$@"; }
+
+table environment bench bench_env
+table pipeline bench bench_pipeline --seeds 1 2 3
+table seeds bench bench_seeds --env-steps 640000 --curves "$results/seeds.csv"
+table pictures bench bench_pictures
+table cameras bench compare_cameras "$results/cameras.jpg"
+for task in PushCube PullCube; do
+    table "task_$task" bench bench_pipeline --out "$task" --seeds 1 \
+        --flags 1 "--env-id $task-v1 --target-success 1500 --target-failure 1500" --flags 3 "--env-id $task-v1"
+done
+
+# Nothing privileged: from the pipeline's first policy
+once privileged/resnet stage_4 --done-by resnet --log-dir privileged/resnet
+once privileged/oracle stage_4 --oracle --log-dir privileged/oracle
+table privileged bench plot_runs privileged --tags env/success_once env/episode_len reward_model/precision -- \
+    "simulator ends=$(last pipeline/seed_1/logs/*-ppo_resnet_reward)" "ResNet ends=$(last privileged/resnet/*)" \
+    "oracle=$(last privileged/oracle/*)"
+
+# A hacked reward: a ResNet bad on purpose, and what its mistakes teach it
+hack() { run ppo_resnet_reward --seed 7 --resume-dir hacked/policy --reward-checkpoint "$1" --done-by resnet --score-every 10 \
+    --threshold 0.5 --clip-coef 0.2 --critic-warmup 10 --num-iterations 60 --save-mistakes --log-dir "$1/logs"; }
+learn() { run train_reward_resnet --data-path hacked/few "${@:2}" --save-dir "$1"; }
+once hacked/policy run ppo_dense --seed 7 --log-dir hacked/policy
+once hacked/few run ppo_collect --camera workspace --target-success 150 --target-failure 150 --save-dir hacked/few
+once hacked/bad_model learn hacked/bad
+once hacked/bad_run hack hacked/bad
+once hacked/mended_model learn hacked/mended hacked/bad/logs/*/mistakes
+once hacked/mended_run hack hacked/mended
+once hacked/again_model learn hacked/again hacked/bad/logs/*/mistakes hacked/mended/logs/*/mistakes
+once hacked/again_run hack hacked/again
+table hacked bench plot_runs hacked --tags reward_model/precision env/success_once eval/success_once -- \
+    "150 pictures a class=$(last hacked/bad/logs/*-ppo_resnet_reward)" \
+    "and its mistakes=$(last hacked/mended/logs/*-ppo_resnet_reward)" "a second time=$(last hacked/again/logs/*-ppo_resnet_reward)"
+
+for file in seeds/seeds.png pictures/pictures.png pictures/pictures.csv pipeline/results.json; do
+    if [[ -e $file ]]; then cp "$file" "$results"; fi
+done
