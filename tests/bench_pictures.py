@@ -118,7 +118,7 @@ if __name__ == "__main__":
         for count in args.counts:
             for number in range(3 if count <= 300 else 1):
                 rows.append(measure(folder, setting, count, number, data, fresh))
-                print(rows[-1], flush=True)
+                print(rows[-1], file=sys.stderr)
     with open(args.out / "pictures.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

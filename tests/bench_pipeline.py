@@ -57,7 +57,7 @@ class Pipeline:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         command, start = self.command(stage), time.time()
-        print(f"seed {self.seed}: {shlex.join(command)}", flush=True)
+        print(f"seed {self.seed}: {shlex.join(command)}", file=sys.stderr)
         with open(self.folder / f"stage_{stage}.log", "a") as log:
             process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
             try:
@@ -196,4 +196,4 @@ if __name__ == "__main__":
     text = f"`{command}`, seeds {', '.join(map(str, results))}, on {machine()}:\n\n{table(results)}\n"
     (args.out / "results.md").write_text(text)
     (args.out / "results.json").write_text(json.dumps(results, indent=2))
-    print(text)
+    print(table(results))

@@ -2,7 +2,7 @@
 
     python tests/plot_runs.py resnet --tags env/success_once env/episode_len -- "ResNet=logs/<run>" "oracle=logs/<run>"
 
-Writes .github/results/resnet.csv (run, tag, env_steps, value) and resnet.png, and prints a table: the means of the first 10 and
+Writes .github/results/resnet.csv (run, tag, env_steps, value) and resnet.png, and prints a table: means of the first 10 and
 of the last 20 values, of fewer the first and the last one. A run in several parts has its folders with commas between them.
 --smooth averages over that many global steps; --film adds five moments of the last run's last film.
 """
