@@ -244,8 +244,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     device = DEVICE if args.sim_backend == "physx_cuda" else torch.device("cpu")
 
     # Agent
-    film = FILM_CAMERA if args.capture_video and RANK == 0 else None
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, camera=film)
+    camera = FILM_CAMERA if args.capture_video and RANK == 0 else None
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, camera)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim).to(device)

@@ -187,8 +187,8 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     device = DEVICE if args.sim_backend == "physx_cuda" else torch.device("cpu")
 
     # Agent
-    film = FILM_CAMERA if args.capture_video and RANK == 0 else None
-    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, camera=film)
+    camera = FILM_CAMERA if args.capture_video and RANK == 0 else None
+    eval_envs = ManiSkillEnvs(args, task, args.num_eval_envs // WORLD_SIZE, camera)
     (obs_dim,), (action_dim,) = eval_envs.single_observation_space.shape, eval_envs.single_action_space.shape
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim).to(device)
@@ -277,8 +277,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
             last = last or success > args.stop_at_success
 
     bar.close()
-    say(f"global step {global_step} after {env_steps:,} env steps and {time.time() - start_time:.0f} s: "
-        f"{run_dir}/checkpoints/global_step_{global_step}")
+    say(f"global step {global_step} after {env_steps:,} env steps: {run_dir}")
     if stopping:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
 
