@@ -36,6 +36,7 @@ import torch.nn as nn
 import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -154,6 +155,7 @@ def train(args: Args, data: dict, contract: dict):
         model = RewardModel(args.arch, args.input_size)
     model.to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
+    averaged = AveragedModel(model, use_buffers=True)  # knows poses that it has not seen better
 
     # Data
     labels, flip = data["labels"], "views" in contract and views_mirror(contract["views"])
@@ -176,11 +178,10 @@ def train(args: Args, data: dict, contract: dict):
 
     # Where an interrupted training stopped
     same = dict(frames=[len(train_idx), len(val_idx)], arch=args.arch, input_size=args.input_size, seed=args.seed)
-    state = dict(same=same, epoch=0, best_epoch=0, best_losses=torch.full_like(val_labels, torch.inf),
-                 frame_losses=torch.full_like(train_labels, torch.inf))  # of each when it was shown last
+    state = dict(same=same, epoch=0, best_epoch=0, best_loss=np.inf, frame_losses=torch.full_like(train_labels, np.inf))
     folder = Path(args.save_dir)
     if args.resume:
-        state = load_last_model(folder / "last_model.pt", same, model, optimizer)
+        state = load_last_model(folder / "last_model.pt", same, model, optimizer, averaged)
     folder.mkdir(parents=True, exist_ok=True)
     _, writer = make_run_dir(args)
 
@@ -191,17 +192,17 @@ def train(args: Args, data: dict, contract: dict):
         torch.manual_seed(args.seed * 100_003 + epoch)  # the same whether resumed or not
 
         # Train
-        model.train()
         order = torch.cat([torch.randperm(len(train_idx)) for _ in range(repeats)])
-        frame_losses = state["frame_losses"].to(DEVICE, copy=True)
+        frame_losses = state["frame_losses"].to(DEVICE)
         easy = (state["frame_losses"][order] < args.easy_loss) & (repeats == 1)
         order = order[~easy | (easy.cumsum(0) % 6 == 1)]
         batches = order.tensor_split(max(1, len(order) // args.batch_size))
+        averaged.multi_avg_fn = get_ema_multi_avg_fn(1 - 1 / len(batches))  # over about an epoch
         for step, batch in enumerate(tqdm(batches, f"epoch {epoch}", unit="step", leave=False)):
             if stop_signals:
                 break
-            for group in optimizer.param_groups:  # large first steps may kill every ReLU of the head
-                group["lr"] = args.lr * ((step + 1) / len(batches) if epoch == 1 else 1 - (epoch - 1) / args.epochs)
+            share = (step + 1) / len(batches) if epoch == 1 else 1 - (epoch - 1) / args.epochs
+            optimizer.param_groups[0]["lr"] = args.lr * share  # large first steps may kill every ReLU of the head
             x, to_goal_cm = augment(
                 train_frames[batch].to(DEVICE), train_cm[batch].to(DEVICE), shift, args.color_jitter, flip)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast_bf16(DEVICE.type)):
@@ -212,36 +213,34 @@ def train(args: Args, data: dict, contract: dict):
             optimizer.zero_grad()
             (train_weights[batch].to(DEVICE) * losses + args.to_goal_weight * cm_error).mean().backward()
             optimizer.step()
+            averaged.update_parameters(model)
             frame_losses[batch.to(DEVICE)] = losses.detach()
         if stop_signals:  # this epoch is dropped
             resume = " --resume" if state["epoch"] and not args.resume else ""
             return say(f"To go on: {shlex.join(['python', *sys.argv])}{resume}")
 
         # Validate
-        model.eval()
-        probs = model.predict(val_frames).cpu()
-        val_losses = nn.functional.binary_cross_entropy(probs, val_labels, val_weights, reduction="none")
+        probs = averaged.eval().module.predict(val_frames).cpu()
+        val_loss = nn.functional.binary_cross_entropy(probs, val_labels, val_weights).item()
         state |= dict(epoch=epoch, frame_losses=frame_losses.cpu())
-        train_loss, val_loss = state["frame_losses"].mean().item(), val_losses.mean().item()
-        if not np.isfinite([train_loss, val_loss]).all():
+        if not np.isfinite(val_loss):
             fail(f"the loss is no longer finite in epoch {epoch}; --resume with a smaller --lr")
 
-        # Checkpoint: of epochs that so few frames cannot tell apart the later one is better
-        change = val_losses - state["best_losses"]
-        if change.mean() < 0:
-            state |= dict(best_epoch=epoch, best_losses=val_losses)
-        if kept := not change.mean() > change.std() / len(change) ** 0.5:  # NaN at first
-            save_model(folder / "best_model.pt", model, contract, args)
-        save_model(folder / "last_model.pt", model, contract, args, state=state, optimizer=optimizer.state_dict())
+        # Checkpoint
+        if best := val_loss < state["best_loss"]:
+            state |= dict(best_epoch=epoch, best_loss=val_loss)
+            save_model(folder / "best_model.pt", averaged.module, contract, args)
+        save_model(folder / "last_model.pt", model, contract, args, state=state, optimizer=optimizer.state_dict(),
+                   averaged=averaged.state_dict())
 
         # Log
         report = score(probs.numpy(), labels[val_idx], {})
-        scalars = {"losses/train_loss": train_loss, "losses/val_loss": val_loss}
+        scalars = {"losses/train_loss": frame_losses.mean().item(), "losses/val_loss": val_loss}
         scalars |= {f"reward_model/{name}": value for name, value in report.items() if type(value) is float}
         for name, value in scalars.items():
             writer.add_scalar(name, value, epoch)
-        say(f"epoch {epoch}: {len(order)} frames, loss {train_loss:.4f}, held-out loss {val_loss:.4f}, "
-            f"accuracy {report['accuracy']:.4f}, {time.time() - start_time:.1f} s{' *' if kept else ''}")
+        text = ", ".join(f"{name.partition('/')[2]} {scalars[name]:.4f}" for name in list(scalars)[:3])
+        say(f"epoch {epoch}: {len(order)} frames, {text}, {time.time() - start_time:.1f} s{' *' if best else ''}")
 
     model, _ = load_reward_model(folder, DEVICE)
     say(f"after {state['epoch']} epochs, on the held-out episodes:")
@@ -438,13 +437,14 @@ def save_model(path: Path, model, contract: dict, args, **more):
     write_file(path, buffer.getbuffer())
 
 
-def load_last_model(path: Path, same: dict, model, optimizer) -> dict:
+def load_last_model(path: Path, same: dict, model, optimizer, averaged) -> dict:
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
         if last["state"]["same"] != same:
             raise ValueError(differences(last["state"]["same"], same))
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
+        averaged.load_state_dict(last["averaged"])
         return last["state"]
     except Exception as error:  # torch.load raises many kinds
         fail(f"--resume: {path} cannot be gone on with ({str(error)[:150]!r})")
