@@ -60,11 +60,11 @@ class Args:
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
     epochs: int = 100 if GPU else 9  # passes over the frames at most
     epoch_frames: int = 2500  # at least, in an epoch: fewer are shown several times
-    batch_size: int = 64 if GPU else 32  # frames in one step, at least
+    batch_size: int = 64 if GPU else 32  # frames in one step, or a few more
     lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
-    random_shift: Share = 0.02  # augmentation: by this share, more if frames are few; 0 if a view moves
+    random_shift: Share = 0.02  # augmentation: shift by up to this share; more if frames are few, none if views move
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -155,7 +155,7 @@ def train(args: Args, data: dict, contract: dict):
         model = RewardModel(args.arch, args.input_size)
     model.to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
-    averaged = AveragedModel(model, use_buffers=True)  # knows poses that it has not seen better
+    averaged = AveragedModel(model, use_buffers=True)  # better at poses that it has not seen
 
     # Data
     labels, flip = data["labels"], "views" in contract and views_mirror(contract["views"])

@@ -21,12 +21,12 @@ once() {  # NAME COMMAND...: not again once it has ended well
     touch "$1.done"
 }
 
-table() {  # NAME COMMAND...: its output is a table
+table() {  # NAME bench BENCH FLAGS...: its output is a table
     once "$@"
     if [[ $1 != "$only"* ]]; then return; fi
     local machine
     machine=$(PYTHONPATH=$root:$root/tests python -c "import bench_pipeline; print(bench_pipeline.machine())")
-    printf '`%s`, on %s:\n\n%s\n' "${*:2}" "$machine" "$(< "$1.out")" | sed "s#$root/##g" > "$results/$1.md"
+    printf '`python tests/%s.py %s`, on %s:\n\n%s\n' "$3" "${*:4}" "$machine" "$(< "$1.out")" | sed "s#$root/##g" > "$results/$1.md"
 }
 
 last() { ls -d "$@" 2> /dev/null | tail -n 1; }
