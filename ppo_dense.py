@@ -61,17 +61,17 @@ class Args:
     resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
-    num_envs: int = 1024 if GPU else 64  # parallel scenes of all processes
-    num_steps: int = 50 if GPU else 25  # of every scene in one rollout
-    num_iterations: int = 100 if GPU else 1000  # global steps, each a rollout and an update
-    num_minibatches: int = 32 if GPU else 4  # in an update epoch
+    num_envs: int = 64  # parallel scenes of all processes
+    num_steps: int = 25  # of every scene in one rollout
+    num_iterations: int = 1000  # global steps, each a rollout and an update
+    num_minibatches: int = 4  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
-    learning_rate: float = 3e-4 if GPU else 2e-4  # Adam's step size
-    gamma: Share = 0.8 if GPU else 0.9  # discount factor per step
+    learning_rate: float = 2e-4  # Adam's step size
+    gamma: Share = 0.9  # discount factor per step
     gae_lambda: Share = 0.9  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.2  # PPO's clipping range (arXiv:1707.06347)
-    target_kl: float = 0.1 if GPU else 0.03  # mean KL of an epoch in nats that ends the policy's update
-    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
+    target_kl: float = 0.03  # mean KL of an epoch in nats that ends the policy's update
+    action_l2: float = 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
     num_eval_envs: int = 128  # evaluation episodes of all processes
     save_interval: int = 20  # global steps between checkpoints

@@ -68,19 +68,19 @@ class Args:
     resume_dir: tuple[str, ...] = ()  # runs or checkpoints; the newest goes on
     evaluate: bool = False  # only evaluate the checkpoint in --resume-dir
 
-    num_envs: int = 256 if GPU else 64  # parallel scenes of all processes
+    num_envs: int = 64  # parallel scenes of all processes
     num_steps: int = 50  # of every scene in one rollout
-    num_iterations: int = 1000 if GPU else 100  # global steps, each a rollout and an update
-    num_minibatches: int = 32 if GPU else 8  # in an update epoch
+    num_iterations: int = 100  # global steps, each a rollout and an update
+    num_minibatches: int = 8  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 2.5e-4  # Adam's step size, at first
     logstd_learning_rate: float = 2.5e-3  # of the policy's noise
-    anneal_lr: bool = not GPU  # lower the step sizes to 0 over the run
+    anneal_lr: bool = True  # lower the step sizes to 0 over the run
     gamma: Share = 0.95  # discount factor per step (0.99 for --done-by time)
     gae_lambda: Share = 0.95  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.3  # PPO's clipping range (arXiv:1707.06347)
     target_kl: float = 0.1  # mean KL of an epoch in nats that ends the policy's update
-    action_l2: float = 0.0 if GPU else 0.005  # weight of the mean action's square
+    action_l2: float = 0.005  # weight of the mean action's square
     eval_freq: int = 40  # global steps between evaluations
     num_eval_envs: int = 128  # evaluation episodes of all processes
     save_interval: int = 20  # global steps between checkpoints
@@ -94,7 +94,7 @@ class Args:
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"  # frames to score; others earn 0
     critic_warmup: int = 5  # first global steps, in which only the critic learns
     done_by: Literal["simulator", "resnet", "time"] = "simulator"  # who ends episodes early
-    score_every: int = 1 if GPU else 5  # steps between two frames that --done-by resnet looks at
+    score_every: int = 5  # steps between two frames that --done-by resnet looks at
     oracle: bool = False  # control: the simulator's verdict
     save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/
 

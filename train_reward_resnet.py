@@ -7,8 +7,8 @@
             reward_checkpoints/report.json, report.csv, mistakes.png
             logs/<timestamp>-train_reward_resnet/  TensorBoard events, args.json
 
-    python train_reward_resnet.py            # on a GPU if there is one
-    python train_reward_resnet.py --resume   # go on where a run stopped
+    python train_reward_resnet.py
+    python train_reward_resnet.py --resume  # go on where a run stopped
     python train_reward_resnet.py --evaluate <model.pt> --data-path more
             without success/ and failure/: probabilities, a contact sheet
 """
@@ -56,15 +56,15 @@ class Args:
     evaluate: str = ""  # only score this model on all of --data-path
 
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # torchvision's
-    input_size: int = 224 if GPU else 112  # side in pixels to which frames are scaled
+    input_size: int = 128  # side in pixels to which frames are scaled
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
-    epochs: int = 100 if GPU else 9  # passes over the frames at most
-    epoch_frames: int = 2500  # at least, in an epoch: fewer are shown several times
-    batch_size: int = 64 if GPU else 32  # frames in one step, or a few more
-    lr: float = 1e-4 if GPU else 1e-3  # AdamW's step size: it rises in epoch 1, then falls
+    epochs: int = 9  # passes over the frames
+    epoch_frames: int = 1250  # in an epoch at least: fewer are shown again
+    batch_size: int = 32  # frames in a step, or a few more
+    lr: float = 1e-3  # AdamW's step size: it rises in epoch 1, then falls
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs without a lower held-out loss
-    random_shift: Share = 0.02  # augmentation: shift by up to this share; more if frames are few, none if views move
+    random_shift: Share = 0.02  # augmentation: shift by up to this; more if frames are few, none if views move
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
@@ -138,11 +138,11 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
 
 
 def frame_weights(labels, final, final_weight: float):
-    """(M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32 weights in the loss: ends
-    weigh more, then each class has half of the sum, so that neither outvotes the other."""
+    """(M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32 weights in the loss, 1
+    in the mean: ends weigh more, then each class has half of the sum."""
     weights = np.where(final, final_weight, 1.0)
-    share = weights[labels].sum() / weights.sum()
-    return torch.from_numpy(weights * np.where(labels, 0.5 / share, 0.5 / (1 - share))).float()
+    sums = np.where(labels, weights[labels].sum(), weights[~labels].sum())
+    return torch.from_numpy(weights / sums * len(labels) / 2).float()
 
 
 def train(args: Args, data: dict, contract: dict):
@@ -155,26 +155,25 @@ def train(args: Args, data: dict, contract: dict):
         model = RewardModel(args.arch, args.input_size)
     model.to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
-    averaged = AveragedModel(model, use_buffers=True)  # better at poses that it has not seen
+    averaged = AveragedModel(model, use_buffers=True)  # better at new poses
 
     # Data
     labels, flip = data["labels"], "views" in contract and views_mirror(contract["views"])
     train_idx, val_idx = split_by_episode(labels, data["episodes"], args.val_split, args.seed)
     train_frames = load_frames(data["files"][train_idx], contract, model, "decoding")
     val_frames = load_frames(data["files"][val_idx], contract, model, "decoding held-out")
-    if GPU and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:  # bytes free
+    if GPU and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:
         train_frames = train_frames.to(DEVICE)
     all_labels, final = torch.from_numpy(labels).float(), data["kinds"]["ends an episode"]
     train_labels, val_labels = all_labels[train_idx], all_labels[val_idx]
     train_weights = frame_weights(labels[train_idx], final[train_idx], args.final_weight)
     val_weights = frame_weights(labels[val_idx], final[val_idx], args.final_weight)
-    val_weights /= val_weights.mean()
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: may be out of sight
     repeats = -(-args.epoch_frames // len(train_idx))  # what is shown more often is shifted further
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     shift *= not any("mount" in view for view in contract.get("views", {}).values())  # the goal is in the middle
-    say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out in whole episodes, on {DEVICE}")
+    say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out, on {DEVICE}")
 
     # Where an interrupted training stopped
     same = dict(frames=[len(train_idx), len(val_idx)], arch=args.arch, input_size=args.input_size, seed=args.seed)
@@ -202,7 +201,7 @@ def train(args: Args, data: dict, contract: dict):
             if stop_signals:
                 break
             share = (step + 1) / len(batches) if epoch == 1 else 1 - (epoch - 1) / args.epochs
-            optimizer.param_groups[0]["lr"] = args.lr * share  # large first steps may kill every ReLU of the head
+            optimizer.param_groups[0]["lr"] = args.lr * share  # large first steps may kill every ReLU
             x, to_goal_cm = augment(
                 train_frames[batch].to(DEVICE), train_cm[batch].to(DEVICE), shift, args.color_jitter, flip)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast_bf16(DEVICE.type)):
@@ -221,14 +220,15 @@ def train(args: Args, data: dict, contract: dict):
 
         # Validate
         probs = averaged.eval().module.predict(val_frames).cpu()
-        val_loss = nn.functional.binary_cross_entropy(probs, val_labels, val_weights).item()
+        losses = nn.functional.binary_cross_entropy(probs, val_labels, val_weights, reduction="none")
+        val_loss, error = losses.mean().item(), losses.std().item() / len(losses) ** 0.5
         state |= dict(epoch=epoch, frame_losses=frame_losses.cpu())
         if not np.isfinite(val_loss):
             fail(f"the loss is no longer finite in epoch {epoch}; --resume with a smaller --lr")
 
-        # Checkpoint
-        if best := val_loss < state["best_loss"]:
-            state |= dict(best_epoch=epoch, best_loss=val_loss)
+        # Checkpoint the last epoch within a standard error of the best
+        if best := val_loss <= state["best_loss"] + error:
+            state |= dict(best_epoch=epoch, best_loss=min(val_loss, state["best_loss"]))
             save_model(folder / "best_model.pt", averaged.module, contract, args)
         save_model(folder / "last_model.pt", model, contract, args, state=state, optimizer=optimizer.state_dict(),
                    averaged=averaged.state_dict())
@@ -289,7 +289,7 @@ def read_folder(folder: Path):
         if contract.get("source") == "pictures":
             contract = PICTURES
         else:
-            views_mirror(contract["views"])  # can be read
+            views_mirror(contract["views"])
             if contract["format_version"] != 4:
                 raise ValueError("it is of another version of the project")
         with open(index, newline="", encoding="utf-8-sig") if index.exists() else io.StringIO() as table:

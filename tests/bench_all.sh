@@ -67,6 +67,8 @@ table hacked bench plot_runs hacked --tags reward_model/precision env/success_on
     "150 pictures a class=$(last hacked/bad/logs/*-ppo_resnet_reward)" \
     "and its mistakes=$(last hacked/mended/logs/*-ppo_resnet_reward)" "a second time=$(last hacked/again/logs/*-ppo_resnet_reward)"
 
+once overview bench draw_overview pipeline/seed_1 "$root/.github/overview.gif"
+
 for file in seeds/seeds.png pictures/pictures.png pictures/pictures.csv pipeline/results.json; do
     if [[ -e $file ]]; then cp "$file" "$results"; fi
 done

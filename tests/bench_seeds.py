@@ -34,8 +34,7 @@ EVAL_EVERY = 64_000  # env steps
 
 
 def recipe(script) -> dict:
-    """The flags that both stages have, on a machine without a GPU."""
-    assert not script.GPU, "a GPU has other defaults"
+    """The flags that both stages have."""
     common = {field.name for field in dataclasses.fields(ppo_dense.Args)} & {
         field.name for field in dataclasses.fields(ppo_collect.Args)}
     return {name: value for name, value in dataclasses.asdict(script.Args()).items() if name in common}
