@@ -36,6 +36,10 @@ stage_4() { run ppo_resnet_reward --resume-dir pipeline/seed_1/logs/*-ppo_dense 
 
 table environment bench bench_env
 table pipeline bench bench_pipeline --seeds 1 2 3
+table learning bench plot_runs learning --tags env/success_once env/episode_len -- \
+    "stage 1, seed 1=$(last pipeline/seed_1/logs/*-ppo_collect)" "stage 3, seed 1=$(last pipeline/seed_1/logs/*-ppo_dense)" \
+    "stage 3, seed 2=$(last pipeline/seed_2/logs/*-ppo_dense)" "stage 3, seed 3=$(last pipeline/seed_3/logs/*-ppo_dense)" \
+    "stage 4, seed 1=$(last pipeline/seed_1/logs/*-ppo_resnet_reward)"
 table seeds bench bench_seeds --env-steps 640000 --curves "$results/seeds.csv"
 table pictures bench bench_pictures
 table cameras bench compare_cameras "$results/cameras.jpg"
