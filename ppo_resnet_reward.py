@@ -89,7 +89,7 @@ class Args:
     reward_checkpoint: str = "reward_checkpoints/best_model.pt"  # the reward model of stage 2
     reward_mode: Literal["replace", "add"] = "replace"  # or added to the dense one
     alpha: float = 1.0  # factor of the ResNet's reward
-    threshold: Share = 0.75  # probability above which a frame counts as done
+    threshold: Share = 0.8  # probability above which a frame counts as done
     use_soft_reward: bool = False  # the reward is the probability itself
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"  # frames to score; others earn 0
     critic_warmup: int = 5  # first global steps, in which only the critic learns

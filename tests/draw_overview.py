@@ -27,7 +27,7 @@ def verdicts(sheet: Image.Image, folder: Path):
         sheet.paste(ImageOps.expand(Image.open(path).resize((SIDE - 8, SIDE - 8)), 4, color), (10, top))
         draw.text((10 + SIDE + 14, top + 30), label, color, font_size=17)
         draw.text((10 + SIDE + 14, top + 54), f"ResNet: {probability:.1%}", "black", font_size=17)
-        draw.text((10 + SIDE + 14, top + 78), f"reward {int(probability > 0.75)}", "black", font_size=17)
+        draw.text((10 + SIDE + 14, top + 78), f"reward {int(probability > 0.8)}", "black", font_size=17)
 
 
 def overview(folder: Path) -> list:
