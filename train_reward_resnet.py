@@ -63,7 +63,7 @@ class Args:
     batch_size: int = 32  # frames in a step, or a few more
     lr: float = 1e-3  # AdamW's step size: it rises in epoch 1, then falls
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
-    early_stopping_patience: int = 15  # epochs without a lower held-out loss
+    early_stopping_patience: int = 15  # epochs that are clearly worse than the best
     random_shift: Share = 0.02  # augmentation: shift by up to this; more if frames are few, none if views move
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
     easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
@@ -162,7 +162,7 @@ def train(args: Args, data: dict, contract: dict):
     train_idx, val_idx = split_by_episode(labels, data["episodes"], args.val_split, args.seed)
     train_frames = load_frames(data["files"][train_idx], contract, model, "decoding")
     val_frames = load_frames(data["files"][val_idx], contract, model, "decoding held-out")
-    if GPU and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:
+    if GPU and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:  # bytes free
         train_frames = train_frames.to(DEVICE)
     all_labels, final = torch.from_numpy(labels).float(), data["kinds"]["ends an episode"]
     train_labels, val_labels = all_labels[train_idx], all_labels[val_idx]
@@ -289,7 +289,7 @@ def read_folder(folder: Path):
         if contract.get("source") == "pictures":
             contract = PICTURES
         else:
-            views_mirror(contract["views"])
+            views_mirror(contract["views"])  # can be read
             if contract["format_version"] != 4:
                 raise ValueError("it is of another version of the project")
         with open(index, newline="", encoding="utf-8-sig") if index.exists() else io.StringIO() as table:

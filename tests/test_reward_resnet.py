@@ -30,7 +30,7 @@ def run(cwd, *args, code=0):
 def test_learns_easy_frames(data, tmp_path):
     """Far failures against successes: all of the held-out frames are right after seconds; the contract travels. Once learned,
     frames are shown less often."""
-    out, _ = run(tmp_path, "--epochs", "16", "--easy-loss", "0.003")  # of a hundred frames a sixth is too few to be remembered
+    out, _ = run(tmp_path, "--epochs", "16", "--easy-loss", "0.003")
     shown = [int(line.split()[2]) for line in out.splitlines() if line.startswith("epoch ")]
     assert shown[0] / 6 <= min(shown) < 0.6 * shown[0], shown
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
