@@ -138,11 +138,11 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
 
 
 def frame_weights(labels, final, final_weight: float):
-    """(M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32 weights in the loss, 1
-    in the mean: ends weigh more, then each class has half of the sum."""
+    """(M,) bool labels, (M,) bool whether a frame ends an episode -> (M,) float32 weights in the loss:
+    ends weigh more, and then each class has half of the sum."""
     weights = np.where(final, final_weight, 1.0)
     sums = np.where(labels, weights[labels].sum(), weights[~labels].sum())
-    return torch.from_numpy(weights / sums * len(labels) / 2).float()
+    return torch.from_numpy(weights / sums * weights.sum() / 2).float()
 
 
 def train(args: Args, data: dict, contract: dict):

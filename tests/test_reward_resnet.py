@@ -30,7 +30,7 @@ def run(cwd, *args, code=0):
 def test_learns_easy_frames(data, tmp_path):
     """Far failures against successes: all of the held-out frames are right after seconds; the contract travels. Once learned,
     frames are shown less often."""
-    out, _ = run(tmp_path, "--epochs", "16", "--easy-loss", "0.003")
+    out, _ = run(tmp_path, "--epochs", "16")
     shown = [int(line.split()[2]) for line in out.splitlines() if line.startswith("epoch ")]
     assert shown[0] / 6 <= min(shown) < 0.6 * shown[0], shown
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
@@ -60,7 +60,7 @@ def test_learns_easy_frames(data, tmp_path):
 def test_neither_class_nor_other_frames_outvote():
     labels, final = np.array([True] * 30 + [False] * 970), np.array([True] * 80 + [False] * 920)
     weights = frame_weights(labels, final, 2.0).numpy()
-    assert weights[labels].sum() == pytest.approx(weights[~labels].sum()) == pytest.approx(1000 / 2)
+    assert weights[labels].sum() == pytest.approx(weights[~labels].sum()) == pytest.approx((80 * 2 + 920) / 2)
     assert (weights[30:80] == 2 * weights[-1]).all() and len(set(weights)) == 3
     assert (frame_weights(np.array([True, False] * 5), np.zeros(10, bool), 2.0) == 1).all()
 
