@@ -76,7 +76,7 @@ class Args:
     learning_rate: float = 2.5e-4  # Adam's step size, at first
     logstd_learning_rate: float = 2.5e-3  # of the policy's noise
     anneal_lr: bool = True  # lower the step sizes to 0 over the run
-    gamma: Share = 0.95  # discount factor per step (0.99 for --done-by time)
+    gamma: Share = 0.95  # discount factor per step; --done-by time wants 0.99
     gae_lambda: Share = 0.95  # lambda of GAE (arXiv:1506.02438)
     clip_coef: Share = 0.3  # PPO's clipping range (arXiv:1707.06347)
     target_kl: float = 0.1  # mean KL of an epoch in nats that ends the policy's update
@@ -368,7 +368,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
                 done = done.index_put((scored,), called_done | done[scored])
                 success = info.get("is_obj_placed", success)
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            if args.reward_mode == "replace":  # an end that is paid is one, else it would pay twice
+            if args.reward_mode == "replace":  # else an end that is paid would pay twice
                 terminal[step] = done & ((reward > args.alpha * args.threshold) | (args.done_by == "time"))
 
             audit.update(sums, called_done, success, scored, frames, envs, info, done,
@@ -397,7 +397,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns, train_policy = advantages + values, global_step > args.critic_warmup
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args, train_policy)
-        if train_policy:  # else it would move all the same
+        if train_policy:  # else the policy would move all the same
             agent.update_normalization(obs)
 
         # Log
@@ -407,7 +407,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scalars["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
             sps = (env_steps - first_env_steps) / (time.time() - start_time)
             scalars |= {"charts/SPS": sps, "charts/env_steps": env_steps}
-            bar.n, first = global_step, first or scalars
+            bar.n, first = global_step, first if first and train_policy else scalars  # the policy as it came
             log_iteration(writer, bar, global_step, sums, scalars)
 
         # Checkpoint, then evaluate

@@ -159,19 +159,18 @@ def train(args: Args, data: dict, contract: dict):
 
     # Data
     labels, flip = data["labels"], "views" in contract and views_mirror(contract["views"])
-    train_idx, val_idx = split_by_episode(labels, data["episodes"], args.val_split, args.seed)
+    train_idx, val_idx = parts = split_by_episode(labels, data["episodes"], args.val_split, args.seed)
     train_frames = load_frames(data["files"][train_idx], contract, model, "decoding")
     val_frames = load_frames(data["files"][val_idx], contract, model, "decoding held-out")
     if GPU and train_frames.numel() < torch.cuda.mem_get_info()[0] / 2:  # bytes free
         train_frames = train_frames.to(DEVICE)
-    all_labels, final = torch.from_numpy(labels).float(), data["kinds"]["ends an episode"]
-    train_labels, val_labels = all_labels[train_idx], all_labels[val_idx]
-    train_weights = frame_weights(labels[train_idx], final[train_idx], args.final_weight)
-    val_weights = frame_weights(labels[val_idx], final[val_idx], args.final_weight)
+    final = data["kinds"]["ends an episode"]
+    train_labels, val_labels = (torch.from_numpy(labels[part]).float() for part in parts)
+    train_weights, val_weights = (frame_weights(labels[part], final[part], args.final_weight) for part in parts)
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: may be out of sight
-    repeats = -(-args.epoch_frames // len(train_idx))  # what is shown more often is shifted further
-    shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
+    repeats = -(-args.epoch_frames // len(train_idx))
+    shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)  # fewer frames: further
     shift *= not any("mount" in view for view in contract.get("views", {}).values())  # the goal is in the middle
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out, on {DEVICE}")
 
@@ -220,13 +219,13 @@ def train(args: Args, data: dict, contract: dict):
 
         # Validate
         probs = averaged.eval().module.predict(val_frames).cpu()
+        if not probs.isfinite().all():
+            fail(f"the weights are no longer finite in epoch {epoch}: train with a smaller --lr")
         losses = nn.functional.binary_cross_entropy(probs, val_labels, val_weights, reduction="none")
         val_loss, error = losses.mean().item(), losses.std().item() / len(losses) ** 0.5
         state |= dict(epoch=epoch, frame_losses=frame_losses.cpu())
-        if not np.isfinite(val_loss):
-            fail(f"the loss is no longer finite in epoch {epoch}; --resume with a smaller --lr")
 
-        # Checkpoint the last epoch within a standard error of the best
+        # Checkpoint the last epoch within its standard error of the best
         if best := val_loss <= state["best_loss"] + error:
             state |= dict(best_epoch=epoch, best_loss=min(val_loss, state["best_loss"]))
             save_model(folder / "best_model.pt", averaged.module, contract, args)

@@ -232,20 +232,20 @@ def test_stage_4_continues(tmp_path):
     """From stage 3: the weights, Adam's moments of the actor, and a critic that warms up while the actor stands still. From
     its own: on."""
     model, start = random_reward_model(tmp_path / "model.pt"), dense_checkpoint(tmp_path)
-    args = ["--reward-checkpoint", model, "--critic-warmup", "2"]
-    out, _ = run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--num-iterations", "2")
+    args = ["--reward-checkpoint", model, "--critic-warmup", "2", "--num-iterations", "3"]
+    out, _ = run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", start, "--save-interval", "2")
     run_dir, = run_dirs(tmp_path)
     success, metrics = scalars(run_dir)["env/success_once"], scalars(run_dir)["env/episode_len"]
-    assert f"before -> after: env/success_once {success[1]:.3f} -> {success[2]:.3f}, " in out
-    assert f"env/episode_len {metrics[1]:.3f} -> {metrics[2]:.3f}\n" in out
+    assert f"before -> after: env/success_once {success[2]:.3f} -> {success[3]:.3f}, " in out
+    assert f"env/episode_len {metrics[2]:.3f} -> {metrics[3]:.3f}\n" in out
     before = torch.load(start / "checkpoint.pt", weights_only=True)["agent"]
     warm = torch.load(run_dir / "checkpoints/global_step_2/checkpoint.pt", weights_only=True)
     for key, value in warm["agent"].items():
         assert torch.equal(value, before[key]) == (not key.startswith("critic")), key
     steps = [int(state["step"]) for state in warm["optimizer"]["state"].values()]
     assert steps.count(1000) == 9 and steps.count(2 * 8 * 4) == 8, steps  # of the actor, of the critic
-    assert [group["lr"] for group in warm["optimizer"]["param_groups"]] == pytest.approx([2.5e-3 / 2, 2.5e-4 / 2])
-    run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dir, "--num-iterations", "3")
+    assert [group["lr"] for group in warm["optimizer"]["param_groups"]] == pytest.approx([2.5e-3 * 2 / 3, 2.5e-4 * 2 / 3])
+    run("ppo_resnet_reward", tmp_path, *args, "--resume-dir", run_dir / "checkpoints/global_step_2")
     after = torch.load(run_dirs(tmp_path)[-1] / "checkpoints/global_step_3/checkpoint.pt", weights_only=True)
     assert after["env_steps"] == 3 * 8 * 50 and len(run_dirs(tmp_path)) == 2
     assert not any(torch.equal(value, before[key]) for key, value in after["agent"].items())

@@ -65,6 +65,11 @@ def test_neither_class_nor_other_frames_outvote():
     assert (frame_weights(np.array([True, False] * 5), np.zeros(10, bool), 2.0) == 1).all()
 
 
+def test_weights_that_are_not_finite_end_the_training(data, tmp_path):
+    _, err = run(tmp_path, "--lr", "1e9", "--epochs", "2", code=2)
+    assert "no longer finite in epoch 1: train with a smaller --lr" in err and "Traceback" not in err
+
+
 def test_resumed_training_gives_the_same_weights(data, tmp_path):
     """Interrupted after the second epoch, resumed, and the same as never interrupted."""
     schedule = ["--epochs", "6", "--early-stopping-patience", "6", "--input-size", "32"]
