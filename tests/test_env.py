@@ -2,6 +2,7 @@
 
 policy.pt is a checkpoint of `python ppo_collect.py` without Adam's moments; it grasps the cube, so that contacts are tested.
 """
+import re
 import sys
 
 import gymnasium as gym
@@ -9,6 +10,7 @@ import mani_skill.envs  # noqa: F401
 import pytest
 import torch
 from mani_skill.utils import tree
+from mani_skill.utils.structs import Pose
 from run_script import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -312,3 +314,32 @@ def test_observation_normalization():
     again.update_normalization(batches[0] + 1)
     agent.update_normalization(batches[0] + 1)
     assert torch.equal(again.obs_mean, agent.obs_mean), "a checkpoint goes on counting where it stopped"
+
+
+@pytest.mark.parametrize("torque, holds, rests", [(100, False, True), (1, True, False), (0.2, True, True)])
+def test_an_arm_that_can_hold_a_cube(tmp_path, monkeypatch, torque, holds, rests):
+    """so100.md: the cube is thrown out by ManiSkill's gripper, and held by a weaker one. Only the module's is at rest then."""
+    module = re.search(r"```python\n(.*?)```", (ROOT / ".github/results/so100.md").read_text(), re.S)[1]
+    env_id = f"Servo{10 * torque:.0f}-v1"
+    (tmp_path / "so100.py").write_text(module.replace("[0.2]", f"[{torque}]").replace("PickCubeServo-v1", env_id))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "so100", raising=False)
+    envs = make(8, env_id=f"so100:{env_id}", control_mode="pd_joint_target_delta_pos")
+    envs.reset(seed=0)
+    agent, cube = envs.unwrapped.agent, envs.unwrapped.cube
+    qpos = agent.robot.get_qpos().clone()
+    qpos[:, 5] = -0.75  # the jaws are a little wider than the cube
+    agent.reset(qpos)
+    between = Pose.create_from_pq(agent.tcp_pose.p, agent.tcp_pose.q)
+    for step in range(50):
+        action = torch.zeros(8, 6)
+        if step < 6:
+            action[:, 5] = -1.0
+            cube.set_pose(between)
+            cube.set_linear_velocity(torch.zeros(8, 3))
+            cube.set_angular_velocity(torch.zeros(8, 3))
+        elif 10 <= step < 25:
+            action[:, 1] = -0.5  # up
+        *_, info = envs.step(action)
+    assert (info["is_grasped"] == holds).all() and ((cube.pose.p - between.p)[:, 2] > 0.05).all() == holds
+    assert (info["is_robot_static"] == rests).all()
