@@ -1,7 +1,6 @@
 """Stage 1: train PPO on a task's dense reward and save labelled frames.
 
-    writes  data/success/0001.png ...  224x224 RGB; the folder is the label
-            data/failure/0001.png ...
+    writes  data/{success,failure}/0001.png ...  224x224 RGB, by label
             data/metadata.json  how they were made: stages 2 and 4 take it over
             data/index.csv      a row a frame; data/preview.png shows some
             logs/<timestamp>-ppo_collect/  TensorBoard events, args.json,
@@ -110,21 +109,21 @@ class FrameCollector:
         """Share of the targets; 1 ends the run."""
         return min(min(self.folder.counts[label] / self.targets[label], 1.0) for label in LABELS)
 
-    def photograph(self, envs, info, done, global_step: int, env_steps: int, **counters):
+    def photograph(self, envs, info, done, *when, **counters):
         """Take the frames that the rates choose, before finished scenes are reset."""
-        args = self.args
+        args, success = self.args, info["success"]
         rate = torch.where(done, max(args.sample_rate_fail, args.sample_rate_fail_final), args.sample_rate_fail)
         near = cube_to_goal(envs).norm(dim=1) <= 0.05  # NaN is not
         rate = torch.where(near, rate.clamp(min=args.sample_rate_near_miss), rate)
-        rate[info["success"] | info.get("is_obj_placed", False)] = 0.0  # placed but moving looks like success
+        moving = info.get("is_obj_placed", success) & ~info.get("is_robot_static", success)  # looks like success
+        rate[success | moving] = 0.0
         self.newly_chosen += rate.sum(dtype=torch.float64)
         rate *= self.failure_share
         if self.folder.counts["success"] < args.target_success:
-            rate[info["success"]] = args.sample_rate_success
+            rate[success] = args.sample_rate_success
         idx = (torch.rand(rate.shape, device=rate.device) < rate).nonzero().squeeze(-1)
         if len(idx):
-            rows = frame_rows(idx, envs, info, done, global_step, env_steps, **counters)
-            self.folder.add(envs.render_frames(idx), rows)
+            self.folder.add(envs.render_frames(idx), frame_rows(idx, envs, info, done, *when, **counters))
 
     def file(self):
         """Collective: file the new frames, and find what share of the failures to photograph."""
@@ -277,14 +276,13 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
     dones, terminal = torch.zeros((2, args.num_steps, num_envs), dtype=torch.bool, device=device)
     episode_id = folder.first_episode + RANK * num_envs + torch.arange(num_envs, device=device)
-    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
-    episode_return = torch.zeros(num_envs, device=device)
+    episode_len, episode_return = torch.zeros((2, num_envs), device=device)
 
     bar = tqdm(total=args.target_success + args.target_failure, unit="frame", disable=RANK > 0)
     first_env_steps, start_time = env_steps, time.time()
-    stop_signals, last = [], collector.progress() == 1
+    stop_signals, last, sums = [], collector.progress() == 1, dict(stop=0)
     on_stop_signal(stop_signals.append)
-    while global_step < args.num_iterations and not last:
+    while not last:
         global_step += 1
 
         # Rollout
@@ -337,15 +335,16 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
         if last or global_step % args.save_interval == 0 or global_step % args.eval_freq == 0:
             save_checkpoint(run_dir, agent, optimizer, global_step, env_steps, args, task)
         if last or global_step % args.eval_freq == 0:
-            log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
             if RANK == 0:
                 writer.add_image("data/preview", folder.preview(), global_step, dataformats="HWC")
+            log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
     bar.close()
     say(f"{args.save_dir}: {folder.counts['success']} success and {folder.counts['failure']} failure frames "
         f"after {env_steps:,} env steps and {time.time() - start_time:.0f} s")
-    if collector.progress() < 1:
+    if sums["stop"]:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
+        sys.exit(130)  # so that && stops
 
 
 # ==== From here on: machinery. The same text in every script.
@@ -403,7 +402,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
                            human_render_camera_configs=dict(own, shader_pack="minimal"),
                            render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
+        fail(f"no {' '.join(map(str, task.values()))} with a dense reward; is its module in --env-id? ({error})"[:300])
     except RuntimeError as error:
         fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
@@ -610,7 +609,8 @@ class ManiSkillEnvs(gym.Wrapper):
         if "success" not in info or not self.max_episode_steps:
             fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
-            if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
+            things = self.scene.actors | self.scene.articulations
+            if not on_gpu and any(len(thing._objs) != num_envs for thing in things.values()):
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
             self.studio = self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped
             # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
@@ -656,10 +656,9 @@ def make_contract(args, task: dict, envs) -> dict:
     from mani_skill.sensors.camera import parse_camera_configs
 
     camera = args.camera if hasattr(envs.unwrapped, "goal_site") or args.camera != "goal" else "task"
-    configs = envs.unwrapped._default_human_render_camera_configs
     views = CAMERAS.get(camera) or {
         name: dict(pose=config.pose.raw_pose[0].double().round(decimals=5).tolist(), fov=float(config.fov))
-        for name, config in parse_camera_configs(configs).items()}
+        for name, config in parse_camera_configs(envs.unwrapped._default_human_render_camera_configs).items()}
     return dict(format_version=4, **task, views=views, width=args.image_size, height=args.image_size,
                 meshes=args.meshes, show_goal_site=args.show_goal_site, mani_skill_version=mani_skill.__version__)
 
@@ -681,13 +680,12 @@ class FrameFolder:
 
     def _open(self, contract: dict):
         metadata, index = self.dir / "metadata.json", self.dir / "index.csv"
-        for label in LABELS:
-            (self.dir / label).mkdir(parents=True, exist_ok=True)
+        self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.dir / ".lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            known = {} if any(self.dir.glob("*/*.png")) else contract
-            differing = differences(json.loads(metadata.read_text()) if metadata.exists() else known, contract)
+            known = json.loads(metadata.read_text()) if metadata.exists() else {}
+            differing = differences(known, contract) if any(self.dir.glob("*/*.png")) else ""
             table = csv.DictReader(index.read_text().splitlines() if index.exists() else [])
             rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in table}
         except BlockingIOError:
@@ -708,8 +706,8 @@ class FrameFolder:
 
     def file(self):
         """Collective: rank 0 writes new frames, then the table, then removes what was replaced."""
-        gathered, self.pending, replaced = gather(self.pending), [], []
-        for row, png in [frame for frames in gathered for frame in frames] if RANK == 0 else []:
+        new, self.pending, replaced = sum(gather(self.pending), []), [], []
+        for row, png in new if RANK == 0 else []:
             label, rows = row["label"], self.rows[row["label"]]
             if len(rows) + self.others[label] >= self.targets[label]:
                 if label == "success" or not rows:
@@ -783,7 +781,7 @@ def to_png(frame) -> bytes:
 
 def write_index(folder: Path, rows: list):
     table = io.StringIO()
-    csv.DictWriter(table, COLUMNS, lineterminator="\n").writerows([dict(zip(COLUMNS, COLUMNS)), *rows])
+    csv.writer(table, lineterminator="\n").writerows([COLUMNS, *[map(row.get, COLUMNS) for row in rows]])
     write_file(folder / "index.csv", table.getvalue().encode())
 
 
@@ -856,11 +854,10 @@ def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
 
 def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int, args, task: dict):
     if RANK == 0:
-        folder, buffer = run_dir / f"checkpoints/global_step_{global_step}", io.BytesIO()
+        buffer = io.BytesIO()
         torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
                         agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "checkpoint.pt", buffer.getbuffer())
+        write_file(run_dir / f"checkpoints/global_step_{global_step}/checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
@@ -873,6 +870,8 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
         if not all(weight.isfinite().all() for weight in checkpoint["agent"].values()):
             raise ValueError(f"{file} has weights that are not finite")
+        if checkpoint["script"] == SCRIPT and checkpoint["global_step"] >= args.num_iterations and not args.evaluate:
+            raise ValueError(f"{file} is at the end of --num-iterations: give more")
     except Exception as error:  # torch.load raises many kinds
         fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
     say(f"from {file}")
@@ -905,7 +904,7 @@ def start_ranks(args):
                 pid, status = os.wait()
                 pids.remove(pid)
                 code = code or abs(os.waitstatus_to_exitcode(status))
-                for other in pids if code else ():
+                for other in pids if 0 < code < 128 else ():  # 130: all are stopped
                     os.kill(other, signal.SIGKILL)
             sys.exit(code)
         RANK, WORLD_SIZE = len(pids) - 1, num_ranks
@@ -980,6 +979,7 @@ def fail(message: str):
 
 def write_file(path: Path, data: bytes):
     """Via a temporary file, so that `path` never holds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

@@ -216,14 +216,13 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     actions = torch.zeros((args.num_steps, num_envs, action_dim), device=device)
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
     dones, terminal = torch.zeros((2, args.num_steps, num_envs), dtype=torch.bool, device=device)
-    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
-    episode_return = torch.zeros(num_envs, device=device)
+    episode_len, episode_return = torch.zeros((2, num_envs), device=device)
 
     bar = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
     first_env_steps, start_time = env_steps, time.time()
-    stop_signals, stopping, last = [], False, False
+    stop_signals, last = [], False
     on_stop_signal(stop_signals.append)
-    while global_step < args.num_iterations and not last:
+    while not last:
         global_step += 1
 
         # Rollout
@@ -268,18 +267,17 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
             log_iteration(writer, bar, global_step, sums, scalars)
 
         # Checkpoint, then evaluate
-        stopping = sums["stop"] > 0
-        last = stopping or global_step == args.num_iterations
+        last = sums["stop"] > 0 or global_step == args.num_iterations
         if last or global_step % args.save_interval == 0 or global_step % args.eval_freq == 0:
             save_checkpoint(run_dir, agent, optimizer, global_step, env_steps, args, task)
         if last or global_step % args.eval_freq == 0:
-            success = log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
-            last = last or success > args.stop_at_success
+            last |= log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps) > args.stop_at_success
 
     bar.close()
     say(f"global step {global_step} after {env_steps:,} env steps: {run_dir}")
-    if stopping:
+    if sums["stop"]:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
+        sys.exit(130)  # so that && stops
 
 
 # ==== From here on: machinery. The same text in every script.
@@ -337,7 +335,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
                            human_render_camera_configs=dict(own, shader_pack="minimal"),
                            render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
+        fail(f"no {' '.join(map(str, task.values()))} with a dense reward; is its module in --env-id? ({error})"[:300])
     except RuntimeError as error:
         fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
@@ -544,7 +542,8 @@ class ManiSkillEnvs(gym.Wrapper):
         if "success" not in info or not self.max_episode_steps:
             fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
-            if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
+            things = self.scene.actors | self.scene.articulations
+            if not on_gpu and any(len(thing._objs) != num_envs for thing in things.values()):
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
             self.studio = self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped
             # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
@@ -635,11 +634,10 @@ def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
 
 def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int, args, task: dict):
     if RANK == 0:
-        folder, buffer = run_dir / f"checkpoints/global_step_{global_step}", io.BytesIO()
+        buffer = io.BytesIO()
         torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
                         agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "checkpoint.pt", buffer.getbuffer())
+        write_file(run_dir / f"checkpoints/global_step_{global_step}/checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
@@ -652,6 +650,8 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
         if not all(weight.isfinite().all() for weight in checkpoint["agent"].values()):
             raise ValueError(f"{file} has weights that are not finite")
+        if checkpoint["script"] == SCRIPT and checkpoint["global_step"] >= args.num_iterations and not args.evaluate:
+            raise ValueError(f"{file} is at the end of --num-iterations: give more")
     except Exception as error:  # torch.load raises many kinds
         fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
     say(f"from {file}")
@@ -684,7 +684,7 @@ def start_ranks(args):
                 pid, status = os.wait()
                 pids.remove(pid)
                 code = code or abs(os.waitstatus_to_exitcode(status))
-                for other in pids if code else ():
+                for other in pids if 0 < code < 128 else ():  # 130: all are stopped
                     os.kill(other, signal.SIGKILL)
             sys.exit(code)
         RANK, WORLD_SIZE = len(pids) - 1, num_ranks
@@ -759,6 +759,7 @@ def fail(message: str):
 
 def write_file(path: Path, data: bytes):
     """Via a temporary file, so that `path` never holds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

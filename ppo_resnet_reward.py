@@ -156,16 +156,14 @@ class Audit:
         self.latest = deque(maxlen=24)
         self.wrong_before = torch.zeros(num_envs, dtype=torch.bool, device=device)  # this episode
 
-    def update(self, sums: dict, called_done, success, scored, frames, envs, info, done, *when, **counters):
+    def update(self, sums: dict, called_done, moving, scored, frames, envs, info, done, *when, **counters):
         """Count the verdicts `called_done` (K,) on the scenes `scored` (K,) into `sums`; keep wrong frames."""
-        true, counted = success[scored], done[scored] | (self.args.done_by != "resnet")  # resnet: only ends
+        success, moving, resnet = info["success"][scored], moving[scored], self.args.done_by == "resnet"
+        true, counted = success | (moving & resnet), done[scored] | (not resnet)  # resnet: only ends
         verdicts = called_done & true, called_done & ~true, ~called_done & true, ~called_done & ~true
         for name, verdict in zip(self.COUNTS, verdicts):
             sums[name] += (verdict & counted).sum()
-        # One an episode: the next look the same. Not with the cube at the goal and the robot still
-        # moving, which a picture cannot tell from success
-        success, at_goal = info["success"][scored], info.get("is_obj_placed", info["success"])[scored]
-        wrong = (called_done != success) & (success == at_goal) & ~self.wrong_before[scored]
+        wrong = (called_done != success) & ~moving & ~self.wrong_before[scored]  # once: the next look the same
         wrong = wrong.nonzero().squeeze(-1)
         if len(wrong) and frames is not None:
             self.wrong_before[scored[wrong]] = True
@@ -177,9 +175,8 @@ class Audit:
 
     def file(self, folder: Path):
         """Collective: rank 0 writes the new wrong frames, laid out as stage 1's."""
-        gathered, self.new = gather(self.new), []
-        for row, png in [frame for frames in gathered for frame in frames] if RANK == 0 else []:
-            (folder / row["label"]).mkdir(parents=True, exist_ok=True)
+        new, self.new = sum(gather(self.new), []), []
+        for row, png in new if RANK == 0 else []:
             self.rows.append(row | dict(file=f"{row['label']}/{len(self.rows) + 1:04d}.png"))
             write_file(folder / self.rows[-1]["file"], png)
         if self.rows:
@@ -320,7 +317,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         return
 
     # Scenes: neither another rank nor another seed nor a run that goes on may repeat their episodes
-    envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, None if args.oracle else contract)
+    envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE, contract)
     num_envs = envs.num_envs
     audit = Audit(args, contract, num_envs, device)
     seed = int(np.random.SeedSequence([args.seed, global_step, RANK, 4]).generate_state(1)[0])
@@ -334,15 +331,14 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
     logprobs, rewards = torch.zeros((2, args.num_steps, num_envs), device=device)
     dones, terminal = torch.zeros((2, args.num_steps, num_envs), dtype=torch.bool, device=device)
     episode_id = RANK * num_envs + torch.arange(num_envs, device=device)
-    episode_len = torch.zeros(num_envs, dtype=torch.int64, device=device)
+    episode_len, episode_return = torch.zeros((2, num_envs), device=device)
     episode_once = torch.zeros(num_envs, dtype=torch.bool, device=device)
-    episode_return = torch.zeros(num_envs, device=device)
 
     bar = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
     first_env_steps, start_time = env_steps, time.time()
-    stop_signals, stopping, first = [], False, None
+    stop_signals, last, first = [], False, None
     on_stop_signal(stop_signals.append)
-    while global_step < args.num_iterations and not stopping:
+    while not last:
         global_step += 1
         left = 1 - (global_step - 1) / args.num_iterations if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = args.logstd_learning_rate * left
@@ -364,14 +360,15 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scored = (looked_at | (args.reward_render_mode == "always")).nonzero().squeeze(-1)
             reward, probs, frames = resnet_reward(reward_model, envs, reward, info["success"], scored, args)
             called_done, success = probs > args.threshold, info["success"]
-            if args.done_by == "resnet":  # no picture shows rest
+            moving = info.get("is_obj_placed", success) & ~info.get("is_robot_static", success)  # looks like success
+            if args.done_by == "resnet":
                 done = done.index_put((scored,), called_done | done[scored])
-                success = info.get("is_obj_placed", success)
+                success = success | moving
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            if args.reward_mode == "replace":  # else an end that is paid would pay twice
+            if args.reward_mode == "replace":  # where the dense reward would go on, nothing is terminal
                 terminal[step] = done & ((reward > args.alpha * args.threshold) | (args.done_by == "time"))
 
-            audit.update(sums, called_done, success, scored, frames, envs, info, done,
+            audit.update(sums, called_done, moving, scored, frames, envs, info, done,
                          global_step, env_steps, episode=episode_id, step=episode_len)
             episode_once |= success
             episode_return += reward
@@ -411,23 +408,23 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             log_iteration(writer, bar, global_step, sums, scalars)
 
         # Checkpoint, then evaluate
-        stopping = sums["stop"] > 0
-        last = stopping or global_step == args.num_iterations
+        last = sums["stop"] > 0 or global_step == args.num_iterations
         if last or global_step % args.save_interval == 0 or global_step % args.eval_freq == 0:
             save_checkpoint(run_dir, agent, optimizer, global_step, env_steps, args, task)
         if last or global_step % args.eval_freq == 0:
-            log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
             if RANK == 0 and audit.latest:
                 writer.add_images("reward_model/mistakes", np.stack(audit.latest), global_step, dataformats="NHWC")
+            log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
     bar.close()
     say(f"global step {global_step} after {env_steps:,} env steps: {run_dir}")
-    if first:
+    if RANK == 0:
         text = [f"{name} {first.get(name, 0):.3f} -> {scalars.get(name, 0):.3f}"
                 for name in ("env/success_once", "env/episode_len")]
         say("before -> after: " + ", ".join(text))
-    if stopping:
+    if sums["stop"]:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
+        sys.exit(130)  # so that && stops
 
 
 # ==== From here on: machinery. The same text in every script.
@@ -485,7 +482,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
                            human_render_camera_configs=dict(own, shader_pack="minimal"),
                            render_backend=f"sapien_{DEVICE}" if camera else "none")
     except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"there is no {' '.join(map(str, task.values()))} with a dense reward ({error})"[:300])
+        fail(f"no {' '.join(map(str, task.values()))} with a dense reward; is its module in --env-id? ({error})"[:300])
     except RuntimeError as error:
         fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
     if camera and camera["meshes"] == "light":
@@ -692,7 +689,8 @@ class ManiSkillEnvs(gym.Wrapper):
         if "success" not in info or not self.max_episode_steps:
             fail(f"{task['env_id']} reports no success or has no time limit")
         if camera:
-            if any(len(actor._objs) != num_envs for actor in self.scene.actors.values()) and not on_gpu:
+            things = self.scene.actors | self.scene.articulations
+            if not on_gpu and any(len(thing._objs) != num_envs for thing in things.values()):
                 fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
             self.studio = self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped
             # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
@@ -758,7 +756,7 @@ def to_png(frame) -> bytes:
 
 def write_index(folder: Path, rows: list):
     table = io.StringIO()
-    csv.DictWriter(table, COLUMNS, lineterminator="\n").writerows([dict(zip(COLUMNS, COLUMNS)), *rows])
+    csv.writer(table, lineterminator="\n").writerows([COLUMNS, *[map(row.get, COLUMNS) for row in rows]])
     write_file(folder / "index.csv", table.getvalue().encode())
 
 
@@ -773,9 +771,10 @@ def gather(value) -> list:
 
 @functools.cache
 def fast_bf16(device_type: str) -> bool:
-    """Whether bfloat16 beats float32. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
+    """Whether bfloat16 beats float32: on GPUs that have it, and on CPUs with AMX or AMD's AVX-512."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return device_type == "cuda" or "amx_bf16" in info or "AuthenticAMD" in info and "avx512_bf16" in info
+    cpu = "amx_bf16" in info or "AuthenticAMD" in info and "avx512_bf16" in info  # Intel's AVX-512 is slower
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device_type == "cuda" else cpu
 
 
 def load_reward_model(path: str, device):
@@ -856,11 +855,10 @@ def log_iteration(writer, bar, global_step: int, sums: dict, scalars: dict):
 
 def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int, args, task: dict):
     if RANK == 0:
-        folder, buffer = run_dir / f"checkpoints/global_step_{global_step}", io.BytesIO()
+        buffer = io.BytesIO()
         torch.save(dict(script=SCRIPT, task=task, args=asdict(args), global_step=global_step, env_steps=env_steps,
                         agent=agent.state_dict(), optimizer=optimizer.state_dict()), buffer)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "checkpoint.pt", buffer.getbuffer())
+        write_file(run_dir / f"checkpoints/global_step_{global_step}/checkpoint.pt", buffer.getbuffer())
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
@@ -873,6 +871,8 @@ def load_checkpoint(args, task: Optional[dict] = None) -> dict:
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
         if not all(weight.isfinite().all() for weight in checkpoint["agent"].values()):
             raise ValueError(f"{file} has weights that are not finite")
+        if checkpoint["script"] == SCRIPT and checkpoint["global_step"] >= args.num_iterations and not args.evaluate:
+            raise ValueError(f"{file} is at the end of --num-iterations: give more")
     except Exception as error:  # torch.load raises many kinds
         fail(f"--resume-dir {' '.join(args.resume_dir)}: no checkpoint for this ({str(error)[:300]!r})")
     say(f"from {file}")
@@ -905,7 +905,7 @@ def start_ranks(args):
                 pid, status = os.wait()
                 pids.remove(pid)
                 code = code or abs(os.waitstatus_to_exitcode(status))
-                for other in pids if code else ():
+                for other in pids if 0 < code < 128 else ():  # 130: all are stopped
                     os.kill(other, signal.SIGKILL)
             sys.exit(code)
         RANK, WORLD_SIZE = len(pids) - 1, num_ranks
@@ -980,6 +980,7 @@ def fail(message: str):
 
 def write_file(path: Path, data: bytes):
     """Via a temporary file, so that `path` never holds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

@@ -132,8 +132,8 @@ def split_by_episode(labels, episodes, val_split: float, seed: int):
         count = 1 + np.searchsorted(np.cumsum(frames[chosen]), val_split * frames.sum())
         held_out |= np.isin(episodes, order[chosen[:min(count, len(order) - 1)]])
     if any(len(np.unique(labels[part])) < 2 for part in (held_out, ~held_out)):
-        of = [len(np.unique(episodes[which])) for which in (labels, ~labels)]
-        fail(f"two episodes of each class are needed; {of[0]} have successes, {of[1]} failures")
+        of = [len(np.unique(episodes[which])) for which in (succeeds, ~succeeds)]
+        fail(f"two episodes of each class are needed; {of[0]} have successes, {of[1]} only failures")
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -181,9 +181,8 @@ def train(args: Args, data: dict, contract: dict):
     if args.resume:
         state = load_last_model(folder / "last_model.pt", same, model, optimizer, averaged)
     folder.mkdir(parents=True, exist_ok=True)
-    _, writer = make_run_dir(args)
 
-    stop_signals = []
+    (_, writer), stop_signals = make_run_dir(args), []
     on_stop_signal(stop_signals.append)
     while state["epoch"] < min(args.epochs, state["best_epoch"] + args.early_stopping_patience):
         epoch, start_time = state["epoch"] + 1, time.time()
@@ -215,7 +214,8 @@ def train(args: Args, data: dict, contract: dict):
             frame_losses[batch.to(DEVICE)] = losses.detach()
         if stop_signals:  # this epoch is dropped
             resume = " --resume" if state["epoch"] and not args.resume else ""
-            return say(f"To go on: {shlex.join(['python', *sys.argv])}{resume}")
+            say(f"To go on: {shlex.join(['python', *sys.argv])}{resume}")
+            sys.exit(130)  # so that && stops
 
         # Validate
         probs = averaged.eval().module.predict(val_frames).cpu()
@@ -268,12 +268,12 @@ def read_data(data_path):
     rows, contracts = [], []
     for folder in map(Path, data_path):
         found, contract = read_folder(folder)
+        if not found:
+            fail(f"{folder}: no pictures")
         rows += found
         contracts.append(contract)
         if differences(contract, contracts[0]):
             fail(f"the frames in {folder} were made differently: {differences(contract, contracts[0])}")
-    if not rows:
-        fail(f"{' '.join(data_path)}: no pictures")
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     _, columns["episodes"] = np.unique(columns["episodes"], return_inverse=True)
     final, near = columns.pop("final"), ~columns["labels"] & (np.linalg.norm(columns["to_goal"], axis=1) <= 0.05)
@@ -293,12 +293,12 @@ def read_folder(folder: Path):
                 raise ValueError("it is of another version of the project")
         with open(index, newline="", encoding="utf-8-sig") if index.exists() else io.StringIO() as table:
             for row in csv.DictReader(table):
+                if not row["file"].startswith(row["label"] + "/"):
+                    raise ValueError(f"{row['file']} is labelled {row['label']}")
                 to_goal = [float(row.get(axis) or "nan") for axis in TO_GOAL]
                 rows[row["file"]] = dict(
                     episodes=f"{folder} {int(float(row['episode']))}", final=FLAGS[row["is_final"].lower()],
                     to_goal=to_goal)
-                if not row["file"].startswith(row["label"] + "/"):
-                    raise ValueError(f"{row['file']} is labelled {row['label']}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
         fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(e).__name__}: {str(e)[:150]}")
     labels = [label for label in LABELS if (folder / label).is_dir()]
@@ -410,21 +410,20 @@ def write_report(probs, data, idx, args, name: str):
 
 
 def evaluate_reward_model(args):
-    """Score --evaluate's model on all pictures of --data-path."""
+    """Score --evaluate's model on the pictures of --data-path."""
     model, known = load_reward_model(args.evaluate, DEVICE)
     (data, contract), path = read_data(args.data_path), Path(args.save_dir)
     if contract and differences(known, contract):
         fail(f"{args.evaluate} knows other frames than {args.data_path[0]}: {differences(known, contract)}")
-    path.mkdir(parents=True, exist_ok=True)
-    files, name = data["files"], Path(args.data_path[0]).resolve().name
+    files, name = data["files"], f"_{Path(args.data_path[0]).resolve().name}"
     probs = model.predict(load_frames(files, contract, model, "decoding"))
     if contract:
-        return write_report(probs, data, np.arange(len(probs)), args, f"_{name}")
-    probs = probs.cpu().numpy()
-    write_table(path / f"{name}.csv", ("picture", "probability"), *zip(files, probs.round(6)))
+        return write_report(probs, data, np.arange(len(probs)), args, name)
+    probs, sheet = probs.cpu().numpy(), path / f"probabilities{name}.png"
+    write_table(sheet.with_suffix(".csv"), ("picture", "probability"), *zip(files, probs.round(6)))
     shown = np.argsort(-probs)[np.linspace(0, len(files) - 1, min(len(files), 60)).astype(int)]
-    draw_pictures(path / f"{name}.png", files[shown], probs[shown], probs[shown] > 0.5)
-    say(f"{(probs > 0.5).sum()} of {len(files)} are above 0.5: {path / name}.png and .csv")
+    draw_pictures(sheet, files[shown], probs[shown], probs[shown] > 0.5)
+    say(f"{(probs > 0.5).sum()} of {len(files)} are above 0.5: {sheet} and .csv")
 
 
 # -------------------- models
@@ -462,9 +461,10 @@ def differences(theirs: dict, ours: dict) -> str:
 
 @functools.cache
 def fast_bf16(device_type: str) -> bool:
-    """Whether bfloat16 beats float32. A CPU needs AMX or AMD's AVX-512: Intel's AVX-512 is slower."""
+    """Whether bfloat16 beats float32: on GPUs that have it, and on CPUs with AMX or AMD's AVX-512."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return device_type == "cuda" or "amx_bf16" in info or "AuthenticAMD" in info and "avx512_bf16" in info
+    cpu = "amx_bf16" in info or "AuthenticAMD" in info and "avx512_bf16" in info  # Intel's AVX-512 is slower
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device_type == "cuda" else cpu
 
 
 def load_reward_model(path: str, device):
@@ -523,6 +523,7 @@ def fail(message: str):
 
 def write_file(path: Path, data: bytes):
     """Via a temporary file, so that `path` never holds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

@@ -74,7 +74,7 @@ class Run:
         if self.process.poll() is None and self.env_steps() >= self.last and self.last < self.whole:
             self.process.terminate()
             self.process.wait()
-        if self.process.poll():
+        if self.process.poll() not in (None, 0, 130):  # 130: stopped, as above
             sys.exit(f"exit code {self.process.returncode}, see {self.folder / 'errors.log'}: {' '.join(self.command)}")
         return self.process.poll() is not None
 

@@ -38,6 +38,7 @@ def frames(tmp_path_factory):
             obs, _, terminated, truncated, info = envs.step(policy.get_action_and_logprob(obs)[0])
         done, far = terminated | truncated, obs[:, -3:].norm(dim=1) > 0.1
         info["is_obj_placed"] |= ~far  # what is neither success nor far is not photographed
+        info["is_robot_static"] &= far | info["success"]
         step += 1
         if len(collector.folder.pending) < 200:
             collector.photograph(envs, info, done, 1, 0, episode=episode, step=step)

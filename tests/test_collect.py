@@ -182,6 +182,21 @@ def test_which_frames_are_chosen(tmp_path, rates, chosen):
     assert {(row["episode"], row["step"]) for row, _ in collector.folder.pending} == expected != set()
 
 
+def test_failures_that_a_picture_shows(tmp_path):
+    """A task of one's own, which also wants the gripper open: the cube at the goal and the robot at rest is a failure that can
+    be seen; the robot still moving is not."""
+    args = Args(save_dir=str(tmp_path / "data"), sample_rate_fail=1.0)
+    collector, envs = FrameCollector(args, make_contract(args)), make(4, CAMERA)
+    envs.reset(seed=0)
+    *_, info = envs.step(torch.zeros(4, 8))
+    info |= dict(success=torch.tensor([False, False, False, True]), is_obj_placed=torch.tensor([True, True, False, True]),
+                 is_robot_static=torch.tensor([True, False, False, True]))
+    counters = dict(episode=torch.arange(4), step=torch.ones(4))
+    collector.photograph(envs, info, torch.zeros(4, dtype=torch.bool), 1, 4, **counters)
+    assert [(row["episode"], row["label"]) for row, _ in collector.folder.pending] == [
+        (0, "failure"), (2, "failure"), (3, "success")]
+
+
 def test_failures_ahead_of_the_successes(tmp_path):
     """Half of the failures are taken without any success; later ones replace random earlier ones, and fewer are rendered."""
     args = Args(save_dir=str(tmp_path / "data"), target_success=2, target_failure=20, sample_rate_fail=0.5)
@@ -226,6 +241,7 @@ def test_take_over_of_a_damaged_folder(tmp_path):
     Image.new("RGB", (224, 224)).save(data / "success/by hand.png")
     (data / "failure/0003.png").unlink()
     (data / "failure/0013.png.tmp").write_bytes(b"half a frame")  # is overwritten by the next frame of this number
+    (data / "index.csv").write_text((data / "index.csv").read_text().replace("\n", ",a note\n"))  # somebody's column
     before = {file: h for file, h in digest(data).items() if file.endswith(".png")}
     collector = FrameCollector(args, contract)
     again = collector.folder
@@ -240,6 +256,15 @@ def test_take_over_of_a_damaged_folder(tmp_path):
     again.file()
     assert again.counts == dict(success=1, failure=12) and (data / "failure/0020.png").exists()
     assert (data / "failure/0040.png").exists() and (data / "success/by hand.png").exists()
+
+
+def test_a_folder_without_frames_may_become_any(tmp_path):
+    """Stopped before its first frame, or emptied by hand: what its metadata.json says is of nothing."""
+    args, contract = Args(save_dir=str(tmp_path / "data")), make_contract(Args())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.json").write_text(json.dumps(dict(contract, width=64)))
+    assert FrameCollector(args, contract).folder.counts == dict(success=0, failure=0)
+    assert json.loads((tmp_path / "data/metadata.json").read_text()) == contract
 
 
 def test_the_table_comes_between_new_and_replaced_frames(tmp_path, monkeypatch):
@@ -299,7 +324,7 @@ def test_two_ranks_and_the_same_seed(tmp_path):
 
 
 def test_interrupted_and_resumed(tmp_path):
-    """SIGTERM ends the run with exit code 0 and a checkpoint; resuming keeps every success frame as it was."""
+    """SIGTERM ends the run with exit code 130 and a checkpoint; resuming keeps every success frame as it was."""
     policy = install_policy(tmp_path)
     command = ["--num-envs", "16", "--num-steps", "25", "--target-success", "14", "--target-failure", "500",
                "--sample-rate-fail", "0.02", "--num-minibatches", "2", "--learning-rate", "1e-6"]
@@ -309,7 +334,7 @@ def test_interrupted_and_resumed(tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Traceback" not in err, err
+    assert process.returncode == 130 and "Traceback" not in err, err
     run_dir, = tmp_path.glob("logs/*-ppo_collect")
     to_go_on = re.search(r"To go on: (.*)", out)[1]
     assert to_go_on == shlex.join(
@@ -365,7 +390,7 @@ def broken_metadata(tmp_path):
 
 
 def other_metadata(tmp_path):
-    (tmp_path / "data").mkdir()
+    frames_without_metadata(tmp_path)
     (tmp_path / "data/metadata.json").write_text(json.dumps(dict(make_contract(Args()), width=64)))
 
 
@@ -375,7 +400,7 @@ def frames_without_metadata(tmp_path):
 
 
 def frames_of_before(tmp_path):
-    (tmp_path / "data").mkdir()
+    frames_without_metadata(tmp_path)
     (tmp_path / "data/metadata.json").write_text(json.dumps(dict(format_version=2, env_id="PickCube-v1")))
 
 

@@ -8,8 +8,11 @@ import sys
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401
 import pytest
+import sapien
 import torch
+from mani_skill.envs.tasks.tabletop.push_cube import PushCubeEnv
 from mani_skill.utils import tree
+from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
 from run_script import ROOT
 
@@ -206,9 +209,25 @@ def test_tasks_that_are_refused(env_id, says, capsys):
     assert exit.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_objects_that_differ_cannot_be_photographed(capsys):
+@register_env("Crates-v1", max_episode_steps=50)
+class CratesEnv(PushCubeEnv):
+    """Each scene has an articulation of its own, as those of PartNet's drawers."""
+
+    def _load_scene(self, options):
+        super()._load_scene(options)
+        for i in range(self.num_envs):
+            builder = self.scene.create_articulation_builder()
+            builder.set_scene_idxs([i])
+            builder.initial_pose = sapien.Pose([0, 1, 0.5])
+            builder.create_link_builder().add_box_visual(half_size=[0.1 + 0.1 * i] * 3)
+            builder.build(f"crate_{i}", fix_root_link=True)
+
+
+@pytest.mark.parametrize("env_id", ["PegInsertionSide-v1", "Crates-v1"])
+def test_objects_that_differ_cannot_be_photographed(env_id, capsys):
+    make(2, env_id=env_id)
     with pytest.raises(SystemExit) as exit:
-        make(2, CAMERA | dict(views=ppo_collect.CAMERAS["workspace"]), env_id="PegInsertionSide-v1")
+        make(2, CAMERA | dict(views=ppo_collect.CAMERAS["workspace"]), env_id=env_id)
     assert exit.value.code == 2 and "objects differ from scene to scene" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -219,7 +219,8 @@ def test_torchrun_starts_a_killed_rank_anew(tmp_path):
     ("ppo_dense", signal.SIGINT), ("ppo_dense", signal.SIGTERM), ("ppo_dense", signal.SIGHUP),
     ("ppo_resnet_reward", signal.SIGTERM), ("train_reward_resnet", signal.SIGINT)])  # the handler is the same text
 def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
-    """Exit code 0, a checkpoint, and a printed command that really goes on. (Stage 1: test_collect.py.)"""
+    """Exit code 130, so that && begins nothing else, a checkpoint, and a printed command that really goes on, once. (Stage 1:
+    test_collect.py.)"""
     if script == "train_reward_resnet":
         args = ["--input-size", "32", "--epoch-frames", "1", "--epochs", "12"]
     else:
@@ -233,7 +234,7 @@ def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
         time.sleep(0.05)
     process.send_signal(signum)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Traceback" not in err, err
+    assert process.returncode == 130 and "Traceback" not in err, err
     path, *to_go_on = shlex.split(re.search(r"To go on: python (.*)", out)[1])
     assert path == str(ROOT / f"{script}.py")
     if script != "train_reward_resnet":
@@ -243,6 +244,8 @@ def test_a_signal_ends_a_run_in_order(data, tmp_path, script, signum):
         assert torch.load(tmp_path / "reward_checkpoints/last_model.pt", weights_only=True)["state"]["epoch"] == 12
     else:
         assert newest_step(tmp_path) == 12
+        _, err = run(script, tmp_path, *to_go_on[:-1], max(tmp_path.glob(f"logs/*-{script}")), code=2)
+        assert "global_step_12/checkpoint.pt is at the end of --num-iterations: give more" in err.splitlines()[-1]
 
 
 def test_a_signal_to_torchrun_ends_a_run_in_order(tmp_path):

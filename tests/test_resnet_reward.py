@@ -395,7 +395,7 @@ def test_the_readme_s_own_task(tmp_path, monkeypatch):
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     args = [sys.executable, "-c", code, run_script.ROOT / "ppo_resnet_reward.py", *SMALL, *last]
     other = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 2 and "there is no TouchCube-v1" in other.stderr.splitlines()[-1]
+    assert other.returncode == 2 and "is its module in --env-id?" in other.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("module, says", [("import nothing_of_the_kind", "No module named 'nothing_of_the_kind'"),

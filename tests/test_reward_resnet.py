@@ -80,7 +80,7 @@ def test_resumed_training_gives_the_same_weights(data, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "To go on: python" in out and "--resume" in out and "Traceback" not in err, out + err
+    assert process.returncode == 130 and "To go on: python" in out and "--resume" in out and "Traceback" not in err, out + err
     assert 2 <= torch.load(tmp_path / "parts/last_model.pt", weights_only=True)["state"]["epoch"] < 6
     run(tmp_path, *schedule, "--save-dir", "parts", "--resume")
     a, b = (torch.load(tmp_path / name / "last_model.pt", weights_only=True) for name in ("whole", "parts"))
@@ -159,12 +159,12 @@ def test_pictures_that_nobody_has_labelled(data, tmp_path):
         with Image.open(file) as image:
             image.convert("RGB").resize((320, 240)).save(pictures / f"{file.parent.name}_{k}.jpg", quality=95)
     out, _ = run(tmp_path, "--evaluate", "reward_checkpoints", "--data-path", pictures)
-    header, *rows = (tmp_path / "reward_checkpoints/my pictures.csv").read_text().splitlines()
+    header, *rows = (tmp_path / "reward_checkpoints/probabilities_my pictures.csv").read_text().splitlines()
     assert header == "picture,probability" and len(rows) == 64
     probs = dict(row.rsplit(",", 1) for row in rows)
     right = [(float(prob) > 0.5) == ("success_" in picture) for picture, prob in probs.items()]
     assert np.mean(right) > 0.9 and f"{sum(float(prob) > 0.5 for prob in probs.values())} of 64 are above 0.5" in out
-    sheet = np.asarray(Image.open(tmp_path / "reward_checkpoints/my pictures.png"))
+    sheet = np.asarray(Image.open(tmp_path / "reward_checkpoints/probabilities_my pictures.png"))
     assert sheet.shape == (10 * 192, 6 * 192, 3)
     green = [np.abs(sheet[192 * (k // 6) + 1, 192 * (k % 6) + 50].astype(int) - [34, 170, 34]).max() < 9 for k in range(60)]
     assert green == sorted(green, reverse=True) and 15 < sum(green) < 45, "sorted by probability"
@@ -188,7 +188,7 @@ def test_one_episode_of_a_class_is_not_enough(capsys):
     with pytest.raises(SystemExit) as end:
         split_by_episode(np.array([True] * 5 + [False] * 5), np.array([0] * 5 + [1, 2, 3, 4, 5]), 0.1, 0)
     assert end.value.code == 2
-    assert "two episodes of each class are needed; 1 have successes, 5 failures" in capsys.readouterr().err
+    assert "two episodes of each class are needed; 1 have successes, 5 only failures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("yes, no, encoding", [("1", "0", "utf-8"), ("TRUE", "FALSE", "utf-8-sig"), ("True", "False", "utf-8"),
@@ -500,7 +500,7 @@ def broken_index(data):
 @pytest.mark.parametrize("prepare, says", [
     (tiny_metadata, "is (224, 224) and metadata.json says (8, 224)"),
     (one_class, "two episodes of each class are needed; 0 have successes"),
-    (too_few, "two episodes of each class are needed; 1 have successes, 1 failures"),
+    (too_few, "two episodes of each class are needed; 1 have successes, 1 only failures"),
     (truncated_png, "failure/0020.png is not a whole picture"),
     (wrong_size, "success/0003.png is (64, 64) and metadata.json says (224, 224)"), (bomb, "success/0003.png is "),
     (not_a_picture, "failure/0007.png is not a whole picture"),
