@@ -680,20 +680,20 @@ class FrameFolder:
 
     def _open(self, contract: dict):
         metadata, index = self.dir / "metadata.json", self.dir / "index.csv"
-        self.dir.mkdir(parents=True, exist_ok=True)
+        for label in LABELS:
+            (self.dir / label).mkdir(parents=True, exist_ok=True)
         self.lock = open(self.dir / ".lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            known = json.loads(metadata.read_text()) if metadata.exists() else {}
-            differing = differences(known, contract) if any(self.dir.glob("*/*.png")) else ""
+            known = dict(json.loads(metadata.read_text())) if metadata.exists() else {}
             table = csv.DictReader(index.read_text().splitlines() if index.exists() else [])
             rows = {row["file"]: row | dict(episode=int(row["episode"])) for row in table}
         except BlockingIOError:
             fail(f"another run writes into {self.dir}")
         except (ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
             fail(f"{metadata} or {index} is damaged: {error}")
-        if differing:
-            fail(f"{self.dir} holds frames made differently: {differing}")
+        if any(self.dir.glob("*/*.png")) and differences(known, contract):
+            fail(f"{self.dir} holds frames made differently: {differences(known, contract)}")
         write_file(metadata, json.dumps(contract, indent=2).encode())
         for label in LABELS:
             files = [f"{label}/{file.name}" for file in (self.dir / label).glob("*.png")]
