@@ -365,7 +365,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
                 done = done.index_put((scored,), called_done | done[scored])
                 success = success | moving
             next_obs[step], rewards[step], dones[step] = current_obs, reward, done
-            if args.reward_mode == "replace":  # where the dense reward would go on, nothing is terminal
+            if args.reward_mode == "replace":  # with add the dense reward would go on
                 terminal[step] = done & ((reward > args.alpha * args.threshold) | (args.done_by == "time"))
 
             audit.update(sums, called_done, moving, scored, frames, envs, info, done,
