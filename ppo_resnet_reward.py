@@ -70,7 +70,7 @@ class Args:
 
     num_envs: int = 64  # parallel scenes of all processes
     num_steps: int = 50  # of every scene in one rollout
-    num_iterations: int = 100  # global steps, each a rollout and an update
+    num_iterations: int = 120  # global steps, each a rollout and an update
     num_minibatches: int = 8  # in an update epoch
     update_epochs: int = 8  # passes over a rollout's data
     learning_rate: float = 2.5e-4  # Adam's step size, at first
