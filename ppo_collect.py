@@ -412,15 +412,19 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
 
 def use_light_meshes(env):
     """Join vertices on a grid: 12,000 triangles look nearly like the 155,000 that take a CPU so long."""
+    no_sky = sapien.render.RenderTexture(np.zeros((1, 1, 4), np.uint8), 2, "R8G8B8A8Unorm")
+    for view in env.scene.human_render_cameras.values():  # how one is mirrored would take 10 s
+        view.camera._render_cameras[0].set_texture("BRDFLUT", no_sky)
     cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
              if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres
     cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
     for entity, cell in cells.items():
-        heavy = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        if not body or {*map(type, body.render_shapes)} != {sapien.render.RenderShapeTriangleMesh}:
+            continue
         light = sapien.render.RenderBodyComponent()
-        for shape in heavy.render_shapes if heavy else ():
-            is_mesh = isinstance(shape, sapien.render.RenderShapeTriangleMesh)
-            for part in shape.parts if is_mesh else ():
+        for shape in body.render_shapes:
+            for part in shape.parts:
                 corners = part.vertices * shape.scale
                 _, first, joined = np.unique(np.round(corners / cell), True, True, axis=0)  # indices, inverse
                 triangles = np.unique(joined.reshape(-1)[part.triangles], axis=0)
@@ -430,11 +434,8 @@ def use_light_meshes(env):
                     mesh = sapien.render.RenderShapeTriangleMesh(corners[first], triangles, normals, uvs, part.material)
                     mesh.local_pose = shape.local_pose
                     light.attach(mesh)
-            if not is_mesh:
-                light.attach(shape.clone())
-        if heavy:
-            entity.remove_component(heavy)
-            entity.add_component(light)
+        entity.remove_component(body)
+        entity.add_component(light)
 
 
 class PhysxTable:
@@ -540,8 +541,7 @@ class PhysxCpuScenes:
             return lambda art, row: [getattr(joint, name)(x) for joint, x in zip(joints[art], row.tolist())]
 
         scene, structs = self.scene, [*self.scene.articulations.values(), *self.scene.articulation_views.values()]
-        actors = [*scene.actors.values(), *scene.actor_views.values()]
-        actors = [actor for actor in actors if actor.px_body_type != "static"]
+        actors = [a for a in [*scene.actors.values(), *scene.actor_views.values()] if a.px_body_type != "static"]
         links = [link for art in scene.articulations.values() for link in art.links]
         bodies = give_rows(actors + links, "_body_data_index_internal", "_bodies")
         arts = give_rows(structs, "_data_index", "_objs")

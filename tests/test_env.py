@@ -7,6 +7,7 @@ import sys
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401
+import numpy as np
 import pytest
 import sapien
 import torch
@@ -294,6 +295,19 @@ def test_light_meshes_look_alike():
         assert ((ours - theirs).abs().amax(-1) > 16)[~robot].float().mean() < 0.01
         assert ((ours - theirs).abs().amax(-1) > 16).float().mean() < 0.05
     assert any(not torch.equal(ours, theirs) for ours, theirs in pictures)
+
+
+def test_there_is_no_sky_to_be_mirrored():
+    """How materials mirror it is a table that SAPIEN integrates for 10 s: a black one and a white one make the same frames."""
+    frames = []
+    for value in (0, 255):
+        envs = make(1, CAMERA)
+        table = sapien.render.RenderTexture(np.full((1, 1, 4), value, np.uint8), 2, "R8G8B8A8Unorm")
+        for view in envs.studio.scene.human_render_cameras.values():
+            view.camera._render_cameras[0].set_texture("BRDFLUT", table)
+        envs.reset(seed=0)
+        frames.append(envs.render_frames(torch.tensor([0])))
+    assert torch.equal(*frames) and frames[0].float().std() > 10
 
 
 def test_gae():

@@ -115,7 +115,7 @@ def check_events(folder, script, first, last):
 def test_kill_stage_1(tmp_path, seed):
     """Whatever is killed when: no frame is lost or damaged, no step runs backwards, and the last run completes."""
     rng, policy, frames_dir = random.Random(seed), install_policy(tmp_path), tmp_path / "data"
-    iterations = 10 + 10 * KILLS
+    iterations = 6 + 6 * KILLS
     args = [*PPO, "--target-success", 20 + 10 * KILLS, "--target-failure", 10_000, "--sample-rate-fail", "0.05",
             "--num-iterations", iterations]
     seen, step = set(), 1
@@ -155,7 +155,7 @@ def test_kill_stage_1(tmp_path, seed):
 def test_kill_stage_2(data, tmp_path, seed):
     """Killed and resumed again and again, the training ends with the very weights of one that was left alone."""
     args = ["--input-size", "32", "--epoch-frames", "1", "--batch-size", "16", "--lr", "1e-3", "--val-split", "0.2",
-            "--early-stopping-patience", "99", "--epochs", 8 + 4 * KILLS]
+            "--early-stopping-patience", "99", "--epochs", 4 + 4 * KILLS]
     whole = start("train_reward_resnet", tmp_path, *args, "--save-dir", "whole")
     out, err = whole.communicate(timeout=600)
     assert whole.returncode == 0, err
@@ -170,14 +170,14 @@ def test_kill_stage_2(data, tmp_path, seed):
             epoch = now
             assert torch.load(parts / "best_model.pt", weights_only=True)["script"] == "train_reward_resnet"
     a, b = (torch.load(tmp_path / name / "last_model.pt", weights_only=True) for name in ("whole", "parts"))
-    assert a["state"]["epoch"] == b["state"]["epoch"] == 8 + 4 * KILLS
+    assert a["state"]["epoch"] == b["state"]["epoch"] == 4 + 4 * KILLS
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]), f"seed {seed}"
     assert (parts / "report.json").exists() and (parts / "mistakes.png").exists()
 
 
 def test_kill_stage_4(tmp_path, seed):
     rng = random.Random(seed)
-    iterations = 10 + 10 * KILLS
+    iterations = 6 + 6 * KILLS
     args = [*PPO, "--reward-checkpoint", random_reward_model(tmp_path / "model.pt"), "--save-mistakes",
             "--num-iterations", iterations]
     first = dense_checkpoint(tmp_path)
