@@ -413,7 +413,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
 def use_light_meshes(env):
     """Join vertices on a grid: 12,000 triangles look nearly like the 155,000 that take a CPU so long."""
     no_sky = sapien.render.RenderTexture(np.zeros((1, 1, 4), np.uint8), 2, "R8G8B8A8Unorm")
-    for view in env.scene.human_render_cameras.values():  # how one is mirrored would take 10 s
+    for view in env.scene.human_render_cameras.values():  # else 10 s go into how one is mirrored
         view.camera._render_cameras[0].set_texture("BRDFLUT", no_sky)
     cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
              if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres

@@ -15,6 +15,7 @@ from mani_skill.envs.tasks.tabletop.push_cube import PushCubeEnv
 from mani_skill.utils import tree
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
+from PIL import Image
 from run_script import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -297,17 +298,21 @@ def test_light_meshes_look_alike():
     assert any(not torch.equal(ours, theirs) for ours, theirs in pictures)
 
 
-def test_there_is_no_sky_to_be_mirrored():
-    """How materials mirror it is a table that SAPIEN integrates for 10 s: a black one and a white one make the same frames."""
-    frames = []
-    for value in (0, 255):
+def test_there_is_no_sky_to_be_mirrored(tmp_path):
+    """How materials mirror it is a table that SAPIEN integrates for 10 s. Black or white, the frames are the same; were there
+    a sky, they would not be."""
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "sky.png")
+    sky, frames = sapien.render.RenderCubemap(*[str(tmp_path / "sky.png")] * 6), []
+    for cubemap, value in ((None, 0), (None, 255), (sky, 0), (sky, 255)):
         envs = make(1, CAMERA)
+        scene = envs.studio.scene
+        scene.sub_scenes[0].render_system.cubemap = cubemap
         table = sapien.render.RenderTexture(np.full((1, 1, 4), value, np.uint8), 2, "R8G8B8A8Unorm")
-        for view in envs.studio.scene.human_render_cameras.values():
+        for view in scene.human_render_cameras.values():
             view.camera._render_cameras[0].set_texture("BRDFLUT", table)
         envs.reset(seed=0)
         frames.append(envs.render_frames(torch.tensor([0])))
-    assert torch.equal(*frames) and frames[0].float().std() > 10
+    assert torch.equal(frames[0], frames[1]) and not torch.equal(frames[2], frames[3])
 
 
 def test_gae():
