@@ -318,7 +318,7 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
                              view["fov"], mount=getattr(env, view.get("mount", ""), None))
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
-    def refuse(question):  # every rank would ask; the second word says whose files
+    def refuse(question):  # every rank would ask
         fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
 
     many, own = sim_backend == "physx_cpu" and not camera, (camera or {}).get("film", {})
@@ -433,10 +433,10 @@ class PhysxCpuScenes:
     def __getattr__(self, name):
         if name.startswith(("gpu_apply_", "gpu_fetch_", "gpu_update_")):
             return lambda: None
-        raise AttributeError(name)
+        raise NotImplementedError(name)
 
     def step(self):
-        self.pending_steps += 1  # all of a scene's in a row are 1.4 times as fast as in turn
+        self.pending_steps += 1  # a scene's in a row are 1.4 times as fast
 
     def run_steps(self):
         if self.pending_steps:
@@ -552,7 +552,7 @@ class ManiSkillEnvs(gym.Wrapper):
                     entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
             self.studio._hidden_objects.clear()
 
-    def __getattr__(self, name):  # num_envs, device, agent, scene, single_observation_space, ...
+    def __getattr__(self, name):  # num_envs, device, agent, scene, ...
         return getattr(self.unwrapped, name)
 
     def reset(self, seed: Optional[int] = None, options: Optional[dict] = None):
@@ -562,9 +562,9 @@ class ManiSkillEnvs(gym.Wrapper):
 
     def render_frames(self, env_idx):
         from mani_skill.utils import tree
-
-        if self.studio is self:
-            return self.render_rgb_array()[env_idx]
+        if self.studio is self:  # ManiSkill would tile on the CPU
+            views = self.scene.human_render_cameras
+            return torch.cat([self.render_rgb_array(view)[env_idx] for view in views], 2)
         state, frames = self.get_state_dict(), []
         for i in env_idx.tolist():
             self.studio.set_state_dict(tree.slice(state, slice(i, i + 1)))

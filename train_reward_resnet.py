@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal, NewType, Optional
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to others
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but first look for work for a while
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # but first look for work
 import numpy as np  # noqa: E402
 import torch
 import torch.nn as nn
@@ -59,14 +59,14 @@ class Args:
     input_size: int = 128  # side in pixels to which frames are scaled
     pretrained: bool = False  # start from ImageNet weights, downloaded by torchvision
     epochs: int = 9  # passes over the frames
-    epoch_frames: int = 1250  # in an epoch at least: fewer are shown again
+    epoch_frames: int = 1250  # in an epoch: fewer are shown again, easy ones too
     batch_size: int = 32  # frames in a step, or a few more
     lr: float = 1e-3  # AdamW's step size: it rises in epoch 1, then falls
     val_split: Share = 0.1  # share of the frames, in whole episodes, that is held out
     early_stopping_patience: int = 15  # epochs that are clearly worse than the best
     random_shift: Share = 0.02  # augmentation: shift by up to this; more if frames are few, none if views move
     color_jitter: Share = 0.2  # augmentation: of brightness and contrast
-    easy_loss: float = 0.01  # of frames below this a random sixth is shown in an epoch
+    easy_loss: float = 0.01  # of frames below this a sixth is shown in an epoch
     final_weight: float = 2.0  # of frames that end an episode: these stage 4 scores
     to_goal_weight: float = 2.0  # of the vector from cube to goal, where index.csv knows it
 
@@ -158,7 +158,7 @@ def train(args: Args, data: dict, contract: dict):
     averaged = AveragedModel(model, use_buffers=True)  # better at new poses
 
     # Data
-    labels, flip = data["labels"], "views" in contract and views_mirror(contract["views"])
+    labels, flip = data["labels"], views_mirror(contract.get("views", {}))
     train_idx, val_idx = parts = split_by_episode(labels, data["episodes"], args.val_split, args.seed)
     train_frames = load_frames(data["files"][train_idx], contract, model, "decoding")
     val_frames = load_frames(data["files"][val_idx], contract, model, "decoding held-out")
@@ -170,7 +170,7 @@ def train(args: Args, data: dict, contract: dict):
     train_cm = torch.from_numpy(100 * data["to_goal"][train_idx])
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: may be out of sight
     repeats = -(-args.epoch_frames // len(train_idx))
-    shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)  # fewer frames: further
+    shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
     shift *= not any("mount" in view for view in contract.get("views", {}).values())  # the goal is in the middle
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out, on {DEVICE}")
 
@@ -234,7 +234,7 @@ def train(args: Args, data: dict, contract: dict):
 
         # Log
         report = score(probs.numpy(), labels[val_idx], {})
-        scalars = {"losses/train_loss": frame_losses.mean().item(), "losses/val_loss": val_loss}
+        scalars = {"losses/train_loss": (train_weights * frame_losses.cpu()).mean().item(), "losses/val_loss": val_loss}
         scalars |= {f"reward_model/{name}": value for name, value in report.items() if type(value) is float}
         for name, value in scalars.items():
             writer.add_scalar(name, value, epoch)
@@ -246,10 +246,9 @@ def train(args: Args, data: dict, contract: dict):
     report, picture = write_report(model.predict(val_frames), data, val_idx, args, "")
     writer.add_image("reward_model/mistakes", picture, state["epoch"], dataformats="HWC")
     writer.close()
-    text = f"{folder / 'best_model.pt'} is ready"
-    if (report["recall"] + 1 - report["false_positive_rate"]) / 2 < 0.5 + len(val_idx) ** -0.5:  # two standard errors
-        text = f"warning: {folder / 'best_model.pt'} is hardly better than guessing"
-    say(f"{text}: {report['accuracy']:.1%} of {len(val_idx)} held-out frames are right")
+    noise = (1 / np.bincount(labels[val_idx])).sum() ** 0.5  # two standard errors
+    verdict = "ready" if report["recall"] - report["false_positive_rate"] >= noise else "hardly better than guessing"
+    say(f"{folder}/best_model.pt is {verdict}: {report['accuracy']:.1%} of {len(val_idx)} held-out frames are right")
 
 
 # ==== From here on: machinery. The same text in every script.
@@ -266,7 +265,7 @@ def read_data(data_path):
     """What is in the folders: (M,) arrays `files`, `labels` (True: success), `episodes` (a frame without
     a row is its own), `to_goal` (M, 3) metres (NaN: not known), `kinds` {kind: bool}; the contract, or {}."""
     rows, contracts = [], []
-    for folder in map(Path, data_path):
+    for folder in map(Path, data_path or fail("--data-path: no folder")):
         found, contract = read_folder(folder)
         if not found:
             fail(f"{folder}: no pictures")
@@ -297,7 +296,7 @@ def read_folder(folder: Path):
                     raise ValueError(f"{row['file']} is labelled {row['label']}")
                 to_goal = [float(row.get(axis) or "nan") for axis in TO_GOAL]
                 rows[row["file"]] = dict(
-                    episodes=f"{folder} {int(float(row['episode']))}", final=FLAGS[row["is_final"].lower()],
+                    episodes=f"{folder} {row['episode']}", final=FLAGS[row["is_final"].lower()],
                     to_goal=to_goal)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as e:
         fail(f"{metadata} or {index}, row {len(rows) + 2}: {type(e).__name__}: {str(e)[:150]}")
@@ -317,13 +316,13 @@ def read_folder(folder: Path):
 
 
 def views_mirror(views: dict) -> bool:
-    """In y = 0: then a frame flipped left to right is one of the mirrored scene."""
+    """Two views, in y = 0: then a frame flipped left to right is one of the mirrored scene."""
     views = list(views.values())
     poses = np.array([view["pose"] for view in views], float).reshape(-1, 7)  # xyz, wxyz
     mirrored = poses[::-1] * [1, -1, 1, 1, -1, 1, -1]
     mirrored[(poses * mirrored)[:, 3:].sum(1) < 0, 3:] *= -1  # q and -q are the same
     others = [(view["fov"], view.get("mount")) for view in views]
-    return np.allclose(poses, mirrored, atol=1e-3) and others == others[::-1]
+    return len(views) > 1 and np.allclose(poses, mirrored, atol=1e-3) and others == others[::-1]
 
 
 def read_picture(file: str):

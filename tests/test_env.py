@@ -204,6 +204,7 @@ def test_objects_that_differ():
     ("StackPyramid-v1", "with a dense reward"), ("MS-CartpoleBalance-v1", "reports no success"),
     ("TwoRobotPickCube-v1", "takes Dict actions"),
     ("RotateValveLevel0-v1", "RotateValveLevel0-v1 pd_joint_delta_pos cannot be simulated as many scenes"),
+    ("Pressed-v1", "in --env-id? (gpu_query_contact_body_impulses)"),
     ("PickSingleYCB-v1", "files are missing: python -m mani_skill.utils.download_asset PickSingleYCB-v1")])
 def test_tasks_that_are_refused(env_id, says, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -223,6 +224,14 @@ class CratesEnv(PushCubeEnv):
             builder.initial_pose = sapien.Pose([0, 1, 0.5])
             builder.create_link_builder().add_box_visual(half_size=[0.1 + 0.1 * i] * 3)
             builder.build(f"crate_{i}", fix_root_link=True)
+
+
+@register_env("Pressed-v1", max_episode_steps=50)
+class PressedEnv(PushCubeEnv):
+    """Asks for all that presses on a body, which only a GPU knows."""
+
+    def evaluate(self):
+        return dict(success=self.obj.get_net_contact_forces().norm(dim=1) > 1)
 
 
 @pytest.mark.parametrize("env_id", ["PegInsertionSide-v1", "Crates-v1"])
@@ -286,6 +295,16 @@ def test_films_are_of_the_tasks_own_camera():
     envs.set_state_dict(stock.unwrapped.get_state_dict())
     (ours,), (theirs,) = envs.render_frames(torch.tensor([0])).int(), stock.unwrapped.render_rgb_array().int()
     assert ours.shape == (224, 224, 3) and ((ours - theirs).abs().amax(-1) > 1).sum() <= 3
+
+
+def test_a_gpu_takes_the_same_pictures():
+    """There the studio is all scenes, drawn view by view where they are. On a CPU it has one scene: that is asked alike."""
+    envs = make(2, CAMERA)
+    envs.reset(seed=0)
+    frames = envs.render_frames(torch.tensor([1]))
+    envs.env = envs.studio  # posed like scene 1
+    envs.studio = envs
+    assert torch.equal(envs.render_frames(torch.tensor([0])), frames) and frames.float().std() > 10
 
 
 def test_light_meshes_look_alike():

@@ -258,6 +258,11 @@ def test_hardly_better_than_guessing(data, tmp_path):
     state = torch.load(tmp_path / "reward_checkpoints/last_model.pt", weights_only=True)["state"]
     assert state["best_loss"] == pytest.approx(min(losses), abs=1e-4)
     assert losses.index(min(losses)) + 1 < state["best_epoch"]
+    # One success that is held out says little, however many failures are
+    for file in sorted(data.glob("success/*.png"))[2:]:
+        file.unlink()
+    out, _ = run(tmp_path, "--epochs", "1", "--input-size", "32", "--save-dir", "few")
+    assert "hardly better than guessing" in out and "is ready" not in out
 
 
 def test_only_uint8_frames_have_probabilities():
@@ -270,7 +275,7 @@ def test_own_pictures_with_a_table(data, tmp_path):
     pictures = own_pictures(data, tmp_path / "pictures")
     files = sorted(f"{label}/{file.name}" for label in ("success", "failure") for file in (pictures / label).iterdir()
                    if file.suffix.lower() in (".png", ".jpg"))
-    rows = [f"{file},{file.partition('/')[0]},{k // 8},0" for k, file in enumerate(files)]
+    rows = [f"{file},{file.partition('/')[0]},night {k // 8},0" for k, file in enumerate(files)]
     (pictures / "index.csv").write_text("\n".join(["file,label,episode,is_final", *rows]) + "\n")
     found, contract = read_data([str(pictures)])
     assert len(set(found["episodes"])) == 16 and contract == train_reward_resnet.PICTURES
@@ -434,6 +439,8 @@ def test_flipped_frames_are_mirrored_scenes(camera):
     assert (cube[0] ^ cube[1]).sum() > 0.5 * cube[0].sum()
     assert views_mirror(views) and not views_mirror(dict(left=views["left"]))
     assert not views_mirror(dict(views, right=dict(views["right"], fov=1.0)))
+    # One view is the task's own, even if it looks along the axis: it may tell left from right
+    assert not views_mirror(dict(front=dict(pose=[0.6, 0, 0.6, 0, 0.38268, 0, -0.92388], fov=1.0)))
 
 
 def tiny_metadata(data):
@@ -494,7 +501,7 @@ def wrong_label(data):
 
 
 def broken_index(data):
-    (data / "index.csv").write_text("file,label,episode,is_final\nsuccess/0001.png,success,many,1\n")
+    (data / "index.csv").write_text("file,label,episode,is_final\nsuccess/0001.png,success,1,perhaps\n")
 
 
 @pytest.mark.parametrize("prepare, says", [
