@@ -503,7 +503,7 @@ class PhysxCpuScenes:
         raise NotImplementedError(name)
 
     def step(self):
-        self.pending_steps += 1  # a scene's in a row are 1.4 times as fast
+        self.pending_steps += 1  # scene by scene they are 1.4 times as fast
 
     def run_steps(self):
         if self.pending_steps:
