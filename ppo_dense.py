@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -280,7 +281,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
         sys.exit(130)  # so that && stops
 
 
-# ==== From here on: machinery. The same text in every script.
+# ==== From here on: machinery. Sections of one name are equal.
 
 # -------------------- scenes
 
@@ -307,7 +308,7 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
     dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side and
-    move with the task's object `mount`; a film's are the task's own."""
+    move with the actor or link `mount`; a film's are the task's own."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
@@ -315,31 +316,29 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
         return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
-                             view["fov"], mount=getattr(env, view.get("mount", ""), None))
+                             view["fov"], mount=(env.scene.actors | env.agent.robot.links_map).get(view.get("mount")))
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
-
-    def refuse(question):  # every rank would ask
-        fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
 
     many, own = sim_backend == "physx_cpu" and not camera, (camera or {}).get("film", {})
     chosen = {name: task[name] for name in ("robot_uids", "control_mode") if task[name]}
-    try:
-        cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
-        views = cls._default_human_render_camera_configs if own else property(cameras)
-        with (patch.object(cls, "_default_human_render_camera_configs", views),
-              patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
-              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
-              patch("mani_skill.utils.download_asset.prompt_yes_no", refuse)):
-            env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
-                           reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
-                           human_render_camera_configs=dict(own, shader_pack="minimal"),
-                           render_backend=f"sapien_{DEVICE}" if camera else "none")
-    except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"no {' '.join(map(str, task.values()))} with a dense reward; is its module in --env-id? ({error})"[:300])
-    except RuntimeError as error:
-        fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
+    cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
+    views = cls._default_human_render_camera_configs if own else property(cameras)
+    with (patch.object(cls, "_default_human_render_camera_configs", views),
+          patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
+          patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
+          patch("mani_skill.utils.download_asset.prompt_yes_no", lambda question: fail(  # every rank would ask
+              f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}"))):
+        env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
+                       reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
+                       human_render_camera_configs=dict(own, shader_pack="minimal"),
+                       render_backend=f"sapien_{DEVICE}" if camera else "none")
     if camera and camera["meshes"] == "light":
         use_light_meshes(env.unwrapped)
+    if camera:  # for good: on a GPU ManiSkill moves hidden things, with the cameras on them
+        for hidden in [] if camera["show_goal_site"] else env.unwrapped._hidden_objects:
+            for entity in hidden._objs:
+                entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
+        env.unwrapped._hidden_objects.clear()
     return env
 
 
@@ -348,11 +347,11 @@ def use_light_meshes(env):
     no_sky = sapien.render.RenderTexture(np.zeros((1, 1, 4), np.uint8), 2, "R8G8B8A8Unorm")
     for view in env.scene.human_render_cameras.values():  # else 10 s go into how one is mirrored
         view.camera._render_cameras[0].set_texture("BRDFLUT", no_sky)
-    cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
-             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres
-    cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
-    for entity, cell in cells.items():
-        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    cells = [([link.entity for link in struct._objs], 0.012) for struct in env.agent.robot.links  # metres
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))]
+    cells += [(actor._objs, 40.0) for name, actor in env.scene.actors.items() if name == "ground"]
+    for entities, cell in cells:  # of all scenes
+        body = entities[0].find_component_by_type(sapien.render.RenderBodyComponent)
         if not body or {*map(type, body.render_shapes)} != {sapien.render.RenderShapeTriangleMesh}:
             continue
         light = sapien.render.RenderBodyComponent()
@@ -367,8 +366,9 @@ def use_light_meshes(env):
                     mesh = sapien.render.RenderShapeTriangleMesh(corners[first], triangles, normals, uvs, part.material)
                     mesh.local_pose = shape.local_pose
                     light.attach(mesh)
-        entity.remove_component(body)
-        entity.add_component(light)
+        for entity in entities:
+            entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
+            entity.add_component(light.clone())
 
 
 class PhysxTable:
@@ -517,40 +517,37 @@ class ManiSkillEnvs(gym.Wrapper):
         obs, reward, terminated, truncated, info = envs.step(action)  # (N, ...); nothing is reset
         obs, info = envs.reset(options=dict(env_idx=indices))  # only these scenes begin anew
         frames = envs.render_frames(indices)  # (K, H, W, 3) uint8
-
-    `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
     """
 
     def __init__(self, args, task: dict, num_envs: int, camera=None):
-        on_gpu = args.sim_backend == "physx_cuda"
-        super().__init__(make_scenes(task, num_envs, f"physx_{DEVICE}" if on_gpu else "physx_cpu", on_gpu and camera))
-        self.max_episode_steps, self.studio = self.env._max_episode_steps, None
-        if not isinstance(self.single_action_space, gym.spaces.Box):
-            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions")
-        self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
-        controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
-        for part in getattr(controller, "controllers", {}).values():
-            if hasattr(part, "kinematics") and not on_gpu:
-                part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
-        try:  # what training will do
-            self.reset(seed=0)
+        on_gpu, name = args.sim_backend == "physx_cuda", " ".join(map(str, filter(None, task.values())))
+        try:
+            sim_backend = f"physx_{DEVICE}" if on_gpu else "physx_cpu"
+            super().__init__(make_scenes(task, num_envs, sim_backend, on_gpu and camera))
+            self.max_episode_steps = self.env._max_episode_steps
+            if not isinstance(self.single_action_space, gym.spaces.Box):
+                fail(f"{name} takes {type(self.single_action_space).__name__} actions")
+            self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+            controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes
+            controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
+            for part in getattr(controller, "controllers", {}).values():
+                if hasattr(part, "kinematics") and not on_gpu:
+                    part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
+            self.reset(seed=0)  # from here on, what training will do
             *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
-        except (RuntimeError, TypeError) as error:
-            fail(f"{task['env_id']} {task['control_mode']} cannot be simulated as many scenes ({str(error)[:100]!r})")
-        if "success" not in info or not self.max_episode_steps:
-            fail(f"{task['env_id']} reports no success or has no time limit")
-        if camera:
-            things = self.scene.actors | self.scene.articulations
-            if not on_gpu and any(len(thing._objs) != num_envs for thing in things.values()):
-                fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
-            self.studio = self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped
-            # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
-            for hidden in [] if camera["show_goal_site"] else self.studio._hidden_objects:
-                for entity in hidden._objs:
-                    entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
-            self.studio._hidden_objects.clear()
+            if "success" not in info or not self.max_episode_steps:
+                fail(f"{name} reports no success or has no time limit")
+            things = [*self.scene.actors.values(), *self.scene.articulations.values()]
+            if camera and not on_gpu and any(len(thing._objs) != num_envs for thing in things):
+                fail(f"a CPU cannot photograph {name}: its objects differ from scene to scene")
+            # Takes the pictures: on a CPU one scene, posed like each in turn
+            self.studio = camera and (self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped)
+        except Exception as error:  # ManiSkill's, or one's own task's
+            *_, at = traceback.extract_tb(error.__traceback__)
+            fail("no Vulkan device: bash tests/install_cpu_renderer.sh" if "rendering device" in str(error) else
+                 f"{name} with a dense reward cannot be simulated as many scenes: {error!r:.200} "
+                 f"({Path(at.filename).name}, line {at.lineno})")
 
     def __getattr__(self, name):  # num_envs, device, agent, scene, ...
         return getattr(self.unwrapped, name)
@@ -579,7 +576,7 @@ FILM_CAMERA = dict(film=dict(width=224, height=224), meshes="light", show_goal_s
 
 @torch.no_grad()
 def evaluate(agent, envs):
-    """One episode a scene without noise, always the same: means over the ranks, a film (H, W, 3) uint8."""
+    """One episode a scene without noise: means over the ranks, a film (H, W, 3) uint8."""
     obs, _ = envs.reset(seed=1_000_000 + RANK)
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
@@ -641,10 +638,11 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
-    """The newest in --resume-dir, by the numbers in the paths; it must be of `task`."""
+    """The newest in --resume-dir, by timestamp and step; it must be of `task`."""
     try:
         files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
-        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file))[-4:])])
+        file = max(filter(Path.is_file, files), key=lambda f: [
+            *map(int, re.findall(r"\d{6,}(?=-)|(?<=step_)\d+", str(f))[-4:])])
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["task"] != (task or checkpoint["task"]):
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
@@ -670,7 +668,7 @@ def start_ranks(args):
     """Fork a CPU's ranks, which alone return. This process hands on signals; all die if it dies or one fails."""
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
-    if min(args.num_envs, args.num_eval_envs, args.num_envs * args.num_steps // args.num_minibatches // 2) < num_ranks:
+    if args.num_eval_envs < num_ranks or args.num_envs // num_ranks * args.num_steps // args.num_minibatches < 2:
         fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes")
     if num_ranks > WORLD_SIZE:
         with socket.socket() as s:
@@ -696,7 +694,8 @@ def start_ranks(args):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # else ranks begun anew wait for the dead
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
-        atexit.register(dist.destroy_process_group)
+        if not GPU:  # NCCL's would wait for all, also when one fails
+            atexit.register(dist.destroy_process_group)
 
 
 def all_reduce_sum(tensor):

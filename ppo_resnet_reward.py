@@ -6,8 +6,6 @@
             videos/, checkpoints/global_step_<N>/
 
     python ppo_resnet_reward.py --resume-dir logs/*-ppo_dense
-    python ppo_resnet_reward.py --resume-dir ... --done-by resnet
-            the ResNet ends episodes too
 """
 import atexit
 import contextlib
@@ -25,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -90,9 +89,9 @@ class Args:
     threshold: Share = 0.8  # probability above which a frame counts as done
     use_soft_reward: bool = False  # the reward is the probability itself
     reward_render_mode: Literal["episode_end", "always"] = "episode_end"  # frames to score; others earn 0
-    critic_warmup: int = 5  # first global steps, in which only the critic learns
+    critic_warmup: int = 5  # first global steps: only the critic learns
     done_by: Literal["simulator", "resnet", "time"] = "simulator"  # who ends episodes early
-    score_every: int = 5  # steps between two frames that --done-by resnet looks at
+    score_every: int = 5  # steps between frames that --done-by resnet looks at
     oracle: bool = False  # control: the simulator's verdict
     save_mistakes: bool = False  # frames that the ResNet got wrong, into mistakes/
 
@@ -334,7 +333,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 
     bar = tqdm(total=args.num_iterations, initial=global_step, unit="step", disable=RANK > 0)
     first_env_steps, start_time = env_steps, time.time()
-    stop_signals, last, first = [], False, None
+    stop_signals, last, before = [], False, {}
     on_stop_signal(stop_signals.append)
     while not last:
         global_step += 1
@@ -387,8 +386,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
         # Update
         with torch.no_grad():
             values, next_values = agent.get_value(obs), agent.get_value(next_obs)
-        # At an end that is not paid, a time-out or a success that is missed, the value of the true
-        # last observation stands for what would follow; with --done-by time nothing does
+        # Ends that are not paid are bootstrapped; with --done-by time none is
         advantages = compute_gae(rewards, values, next_values, terminal, dones, args.gamma, args.gae_lambda)
         returns, train_policy = advantages + values, global_step > args.critic_warmup
         losses = ppo_update(agent, optimizer, obs, actions, logprobs, advantages, returns, args, train_policy)
@@ -402,8 +400,11 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
             scalars["losses/explained_variance"] = 1 - (advantages.var() / returns.var()).item()
             sps = (env_steps - first_env_steps) / (time.time() - start_time)
             scalars |= {"charts/SPS": sps, "charts/env_steps": env_steps}
-            bar.n, first = global_step, first if first and train_policy else scalars  # the policy as it came
+            bar.n = global_step
             log_iteration(writer, bar, global_step, sums, scalars)
+            if sums["episodes"]:
+                after = scalars
+                before = before if before and train_policy else after  # the policy as it came
 
         # Checkpoint, then evaluate
         last = sums["stop"] > 0 or global_step == args.num_iterations
@@ -416,16 +417,15 @@ def train(args: Args, task: dict, checkpoint: Optional[dict], reward_model, cont
 
     bar.close()
     say(f"global step {global_step} after {env_steps:,} env steps: {run_dir}")
-    if RANK == 0:
-        text = [f"{name} {first.get(name, 0):.3f} -> {scalars.get(name, 0):.3f}"
-                for name in ("env/success_once", "env/episode_len")]
+    if before:
+        text = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in ("env/success_once", "env/episode_len")]
         say("before -> after: " + ", ".join(text))
     if sums["stop"]:
         say("To go on: " + shlex.join(["python", *sys.argv, "--resume-dir", str(run_dir)]))
         sys.exit(130)  # so that && stops
 
 
-# ==== From here on: machinery. The same text in every script.
+# ==== From here on: machinery. Sections of one name are equal.
 
 # -------------------- scenes
 
@@ -452,7 +452,7 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
     dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side and
-    move with the task's object `mount`; a film's are the task's own."""
+    move with the actor or link `mount`; a film's are the task's own."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
@@ -460,31 +460,29 @@ def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
         return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
-                             view["fov"], mount=getattr(env, view.get("mount", ""), None))
+                             view["fov"], mount=(env.scene.actors | env.agent.robot.links_map).get(view.get("mount")))
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
-
-    def refuse(question):  # every rank would ask
-        fail(f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}")
 
     many, own = sim_backend == "physx_cpu" and not camera, (camera or {}).get("film", {})
     chosen = {name: task[name] for name in ("robot_uids", "control_mode") if task[name]}
-    try:
-        cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
-        views = cls._default_human_render_camera_configs if own else property(cameras)
-        with (patch.object(cls, "_default_human_render_camera_configs", views),
-              patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
-              patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
-              patch("mani_skill.utils.download_asset.prompt_yes_no", refuse)):
-            env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
-                           reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
-                           human_render_camera_configs=dict(own, shader_pack="minimal"),
-                           render_backend=f"sapien_{DEVICE}" if camera else "none")
-    except (KeyError, AssertionError, NotImplementedError) as error:
-        fail(f"no {' '.join(map(str, task.values()))} with a dense reward; is its module in --env-id? ({error})"[:300])
-    except RuntimeError as error:
-        fail(f"no Vulkan device ({error}): bash tests/install_cpu_renderer.sh")
+    cls, setup_scene = REGISTERED_ENVS[task["env_id"]].cls, BaseEnv._setup_scene
+    views = cls._default_human_render_camera_configs if own else property(cameras)
+    with (patch.object(cls, "_default_human_render_camera_configs", views),
+          patch.object(BaseEnv, "_setup_scene", lambda env: PhysxCpuScenes(env) if many else setup_scene(env)),
+          patch("mani_skill.envs.sapien_env.CPU_SIM_BACKENDS", ()),
+          patch("mani_skill.utils.download_asset.prompt_yes_no", lambda question: fail(  # every rank would ask
+              f"files are missing: python -m mani_skill.utils.download_asset {question.split()[1]}"))):
+        env = gym.make(task["env_id"], **chosen, num_envs=num_envs, obs_mode="state",
+                       reward_mode="normalized_dense", reconfiguration_freq=0, sim_backend=sim_backend,
+                       human_render_camera_configs=dict(own, shader_pack="minimal"),
+                       render_backend=f"sapien_{DEVICE}" if camera else "none")
     if camera and camera["meshes"] == "light":
         use_light_meshes(env.unwrapped)
+    if camera:  # for good: on a GPU ManiSkill moves hidden things, with the cameras on them
+        for hidden in [] if camera["show_goal_site"] else env.unwrapped._hidden_objects:
+            for entity in hidden._objs:
+                entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
+        env.unwrapped._hidden_objects.clear()
     return env
 
 
@@ -493,11 +491,11 @@ def use_light_meshes(env):
     no_sky = sapien.render.RenderTexture(np.zeros((1, 1, 4), np.uint8), 2, "R8G8B8A8Unorm")
     for view in env.scene.human_render_cameras.values():  # else 10 s go into how one is mirrored
         view.camera._render_cameras[0].set_texture("BRDFLUT", no_sky)
-    cells = {link.entity: 0.012 for struct in env.agent.robot.links for link in struct._objs
-             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))}  # metres
-    cells |= {entity: 40.0 for entity in getattr(env.scene.actors.get("ground"), "_objs", ())}
-    for entity, cell in cells.items():
-        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    cells = [([link.entity for link in struct._objs], 0.012) for struct in env.agent.robot.links  # metres
+             if not any(part in struct.name for part in ("hand", "finger", "gripper", "jaw"))]
+    cells += [(actor._objs, 40.0) for name, actor in env.scene.actors.items() if name == "ground"]
+    for entities, cell in cells:  # of all scenes
+        body = entities[0].find_component_by_type(sapien.render.RenderBodyComponent)
         if not body or {*map(type, body.render_shapes)} != {sapien.render.RenderShapeTriangleMesh}:
             continue
         light = sapien.render.RenderBodyComponent()
@@ -512,8 +510,9 @@ def use_light_meshes(env):
                     mesh = sapien.render.RenderShapeTriangleMesh(corners[first], triangles, normals, uvs, part.material)
                     mesh.local_pose = shape.local_pose
                     light.attach(mesh)
-        entity.remove_component(body)
-        entity.add_component(light)
+        for entity in entities:
+            entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
+            entity.add_component(light.clone())
 
 
 class PhysxTable:
@@ -662,40 +661,37 @@ class ManiSkillEnvs(gym.Wrapper):
         obs, reward, terminated, truncated, info = envs.step(action)  # (N, ...); nothing is reset
         obs, info = envs.reset(options=dict(env_idx=indices))  # only these scenes begin anew
         frames = envs.render_frames(indices)  # (K, H, W, 3) uint8
-
-    `studio` takes the pictures: all scenes' on a GPU; on a CPU it is one, posed like each in turn.
     """
 
     def __init__(self, args, task: dict, num_envs: int, camera=None):
-        on_gpu = args.sim_backend == "physx_cuda"
-        super().__init__(make_scenes(task, num_envs, f"physx_{DEVICE}" if on_gpu else "physx_cpu", on_gpu and camera))
-        self.max_episode_steps, self.studio = self.env._max_episode_steps, None
-        if not isinstance(self.single_action_space, gym.spaces.Box):
-            fail(f"{task['env_id']} takes {type(self.single_action_space).__name__} actions")
-        self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes, whichever begin
-        controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
-        for part in getattr(controller, "controllers", {}).values():
-            if hasattr(part, "kinematics") and not on_gpu:
-                part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
-        try:  # what training will do
-            self.reset(seed=0)
+        on_gpu, name = args.sim_backend == "physx_cuda", " ".join(map(str, filter(None, task.values())))
+        try:
+            sim_backend = f"physx_{DEVICE}" if on_gpu else "physx_cpu"
+            super().__init__(make_scenes(task, num_envs, sim_backend, on_gpu and camera))
+            self.max_episode_steps = self.env._max_episode_steps
+            if not isinstance(self.single_action_space, gym.spaces.Box):
+                fail(f"{name} takes {type(self.single_action_space).__name__} actions")
+            self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+            controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes
+            controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
+            for part in getattr(controller, "controllers", {}).values():
+                if hasattr(part, "kinematics") and not on_gpu:
+                    part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
+            self.reset(seed=0)  # from here on, what training will do
             *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
-        except (RuntimeError, TypeError) as error:
-            fail(f"{task['env_id']} {task['control_mode']} cannot be simulated as many scenes ({str(error)[:100]!r})")
-        if "success" not in info or not self.max_episode_steps:
-            fail(f"{task['env_id']} reports no success or has no time limit")
-        if camera:
-            things = self.scene.actors | self.scene.articulations
-            if not on_gpu and any(len(thing._objs) != num_envs for thing in things.values()):
-                fail(f"a CPU cannot photograph {task['env_id']}: its objects differ from scene to scene")
-            self.studio = self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped
-            # For good: on a GPU ManiSkill moves hidden things away, with the cameras mounted on them
-            for hidden in [] if camera["show_goal_site"] else self.studio._hidden_objects:
-                for entity in hidden._objs:
-                    entity.remove_component(entity.find_component_by_type(sapien.render.RenderBodyComponent))
-            self.studio._hidden_objects.clear()
+            if "success" not in info or not self.max_episode_steps:
+                fail(f"{name} reports no success or has no time limit")
+            things = [*self.scene.actors.values(), *self.scene.articulations.values()]
+            if camera and not on_gpu and any(len(thing._objs) != num_envs for thing in things):
+                fail(f"a CPU cannot photograph {name}: its objects differ from scene to scene")
+            # Takes the pictures: on a CPU one scene, posed like each in turn
+            self.studio = camera and (self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped)
+        except Exception as error:  # ManiSkill's, or one's own task's
+            *_, at = traceback.extract_tb(error.__traceback__)
+            fail("no Vulkan device: bash tests/install_cpu_renderer.sh" if "rendering device" in str(error) else
+                 f"{name} with a dense reward cannot be simulated as many scenes: {error!r:.200} "
+                 f"({Path(at.filename).name}, line {at.lineno})")
 
     def __getattr__(self, name):  # num_envs, device, agent, scene, ...
         return getattr(self.unwrapped, name)
@@ -798,7 +794,7 @@ FILM_CAMERA = dict(film=dict(width=224, height=224), meshes="light", show_goal_s
 
 @torch.no_grad()
 def evaluate(agent, envs):
-    """One episode a scene without noise, always the same: means over the ranks, a film (H, W, 3) uint8."""
+    """One episode a scene without noise: means over the ranks, a film (H, W, 3) uint8."""
     obs, _ = envs.reset(seed=1_000_000 + RANK)
     once = torch.zeros(envs.num_envs, dtype=torch.bool, device=envs.device)
     episode_len, episode_return = torch.zeros(2, envs.num_envs, device=envs.device)
@@ -860,10 +856,11 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
 
 
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
-    """The newest in --resume-dir, by the numbers in the paths; it must be of `task`."""
+    """The newest in --resume-dir, by timestamp and step; it must be of `task`."""
     try:
         files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
-        file = max(filter(Path.is_file, files), key=lambda file: [*map(int, re.findall(r"\d+", str(file))[-4:])])
+        file = max(filter(Path.is_file, files), key=lambda f: [
+            *map(int, re.findall(r"\d{6,}(?=-)|(?<=step_)\d+", str(f))[-4:])])
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["task"] != (task or checkpoint["task"]):
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
@@ -889,7 +886,7 @@ def start_ranks(args):
     """Fork a CPU's ranks, which alone return. This process hands on signals; all die if it dies or one fails."""
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
-    if min(args.num_envs, args.num_eval_envs, args.num_envs * args.num_steps // args.num_minibatches // 2) < num_ranks:
+    if args.num_eval_envs < num_ranks or args.num_envs // num_ranks * args.num_steps // args.num_minibatches < 2:
         fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes")
     if num_ranks > WORLD_SIZE:
         with socket.socket() as s:
@@ -915,7 +912,8 @@ def start_ranks(args):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # else ranks begun anew wait for the dead
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
-        atexit.register(dist.destroy_process_group)
+        if not GPU:  # NCCL's would wait for all, also when one fails
+            atexit.register(dist.destroy_process_group)
 
 
 def all_reduce_sum(tensor):
@@ -1017,7 +1015,7 @@ if __name__ == "__main__":
     task = contract and {name: contract[name] for name in ("env_id", "robot_uids", "control_mode")}
     checkpoint = load_checkpoint(args, task) if args.resume_dir or not task else None
     if checkpoint is None:
-        say("warning: without --resume-dir the policy hardly ever reaches what the ResNet pays for")
+        say("warning: without --resume-dir the policy hardly ever reaches what is paid")
     task = task or checkpoint["task"]
     if args.env_id and find_task(**task | dict(env_id=args.env_id)) != task:
         fail(f"--env-id {args.env_id}: the reward model or the policy is of {task['env_id']}")

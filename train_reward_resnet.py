@@ -251,7 +251,7 @@ def train(args: Args, data: dict, contract: dict):
     say(f"{folder}/best_model.pt is {verdict}: {report['accuracy']:.1%} of {len(val_idx)} held-out frames are right")
 
 
-# ==== From here on: machinery. The same text in every script.
+# ==== From here on: machinery. Sections of one name are equal.
 
 # -------------------- data
 
@@ -450,7 +450,7 @@ def load_last_model(path: Path, same: dict, model, optimizer, averaged) -> dict:
 # -------------------- contract
 
 def differences(theirs: dict, ours: dict) -> str:
-    """What two contracts disagree on, but for the version of ManiSkill; a contract is flat."""
+    """What two contracts disagree on, but for the version of ManiSkill."""
     keys = sorted({*theirs, *ours} - {"mani_skill_version"})
     return "; ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in keys
                      if theirs.get(key) != ours.get(key))

@@ -3,7 +3,8 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process draws on one device, and what is tested here is a CPU's
+import pytest  # noqa: E402
 import sapien
 import torch
 from test_env import TASK, load_policy, make

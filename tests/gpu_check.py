@@ -4,10 +4,9 @@
     python tests/gpu_check.py --sim-backend physx_cpu     # physics on the CPU, where PhysX's GPU library cannot be had
 
 Prints a table, whose figures go with the card's name; exit code 1 if a row says FAILED. --out keeps the logs of all commands
-and frames.png: what this GPU draws beside what a CPU draws of the same scenes, if there is a CPU renderer (lavapipe).
+and frames.png: what this GPU draws with physics on the GPU, and below what it draws with physics on the CPU.
 """
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -39,7 +38,7 @@ def check(name: str):
         start = time.time()
         try:
             result = function()
-        except Exception as error:  # whatever it is, the other checks go on
+        except (Exception, SystemExit) as error:  # whatever it is, the other checks go on
             result = f"FAILED: {type(error).__name__}: {str(error).strip()[-400:]}"
         ROWS.append((name, result, time.time() - start))
         print(f"{name}: {result} ({ROWS[-1][2]:.0f} s)", flush=True)
@@ -77,9 +76,8 @@ def newest_run(script: str) -> Path:
     return max((OUT / "logs").glob(f"*-{script}"), key=lambda run: run.stat().st_mtime)
 
 
-def scenes(num_envs: int, sim_backend: str, camera=None, device=None):
-    with patch.object(ppo_collect, "DEVICE", device or ppo_collect.DEVICE):  # pictures are drawn there
-        return ppo_collect.ManiSkillEnvs(ppo_collect.Args(sim_backend=sim_backend), TASK, num_envs, camera)
+def scenes(num_envs: int, sim_backend: str, camera=None):
+    return ppo_collect.ManiSkillEnvs(ppo_collect.Args(sim_backend=sim_backend), TASK, num_envs, camera)
 
 
 def set_state(envs, state):
@@ -119,7 +117,7 @@ if __name__ == "__main__":
         @check("same states on the GPU and on the CPU")
         def parity():
             """The trained policy on the CPU; at every fifth step the GPU takes over its states and does the same action."""
-            cpu, gpu = scenes(32, "physx_cpu"), scenes(32, "physx_cuda")
+            gpu, cpu = scenes(32, "physx_cuda"), scenes(32, "physx_cpu")  # PhysX on a GPU must be the first in a process
             obs, _ = cpu.reset(seed=0)
             gpu.reset(seed=0)
             differences, rewards, labels = [], [], []
@@ -150,7 +148,8 @@ if __name__ == "__main__":
             after, _ = gpu.reset(options=dict(env_idx=idx))
             others = torch.ones(16, dtype=torch.bool)
             others[idx.cpu()] = False
-            assert torch.equal(after[others], obs[others]) and not torch.equal(after[~others], obs[~others])
+            torch.testing.assert_close(after[others], obs[others], atol=1e-5, rtol=0)
+            assert not torch.allclose(after[~others], obs[~others], atol=1e-2)
             return "only the scenes that begin change"
 
         @check("the trained policy")
@@ -178,12 +177,14 @@ if __name__ == "__main__":
                 gpu.render_frames(idx.to(gpu.device)).cpu()
             per_frame, row = (time.time() - start) / 80 * 1000, [drawn]
             results.append(f"{name}: {per_frame:.1f} ms a frame")
-            with contextlib.suppress(SystemExit):  # no lavapipe
-                other = scenes(8, "physx_cpu", camera, torch.device("cpu"))
+            if on_gpu:
+                other = scenes(8, "physx_cpu", camera)
                 other.reset(seed=0)
                 set_state(other, state)
-                row.append(other.render_frames(idx).int())
-                results[-1] += f", {(row[1] - drawn).abs().float().mean():.2f} of 255 from a CPU's"
+                row.append(other.render_frames(idx).cpu().int())
+                difference = (row[1] - drawn).abs().float().mean()
+                assert difference < 2, f"{name}: {difference:.2f} of 255 from one scene's at a time"
+                results[-1] += f", {difference:.2f} of 255 from one scene's at a time"
             sheet += [torch.cat(list(frames[:4]), 1) for frames in row]
         Image.fromarray(torch.cat(sheet).numpy().astype(np.uint8)).save(OUT / "frames.png")
         return "; ".join(results)
@@ -265,9 +266,10 @@ if __name__ == "__main__":
 
     @check("stage 3 under torchrun, continued")
     def stage_3_torchrun():
+        ranks = max(torch.cuda.device_count(), 1 if on_gpu else 2)  # with physics on the CPU two may share a GPU
         command("stage_3_torchrun", "ppo_dense.py", *sim, "--num-iterations", 7, "--resume-dir", newest_run("ppo_dense"),
-                launcher=[sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"])
-        return "one rank"
+                launcher=[sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"])
+        return f"{ranks} ranks on {torch.cuda.device_count()} GPUs"
 
     @check("stage 4")
     def stage_4():

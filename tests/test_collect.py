@@ -428,6 +428,8 @@ def file_for_folder(tmp_path):
 
 @pytest.mark.parametrize("prepare, args, says", [
     (None, ["--num-envs", "1", "--num-procs", "2"], "too few --num-envs, --num-eval-envs or --num-steps for 2 processes"),
+    (None, ["--num-envs", "7", "--num-procs", "4", "--num-minibatches", "20"],
+     "too few --num-envs, --num-eval-envs or --num-steps for 4 processes"),
     (None, ["--sample-rate-fail", "1.5"], "--sample-rate-fail 1.5 is not between 0 and 1"),
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
     (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "too few --num-envs, --num-eval-envs or --num-steps"),

@@ -4,6 +4,7 @@ policy.pt is a checkpoint of `python ppo_collect.py` without Adam's moments; it 
 """
 import re
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401
@@ -12,6 +13,7 @@ import pytest
 import sapien
 import torch
 from mani_skill.envs.tasks.tabletop.push_cube import PushCubeEnv
+from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import tree
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
@@ -20,7 +22,7 @@ from run_script import ROOT
 
 sys.path.insert(0, str(ROOT))
 import ppo_collect  # noqa: E402
-from ppo_collect import Agent, Args, ManiSkillEnvs, compute_gae, find_task  # noqa: E402
+from ppo_collect import Agent, Args, ManiSkillEnvs, compute_gae, find_task, make_scenes  # noqa: E402
 
 TOLERANCE = 1e-6
 CAMERA = dict(views=ppo_collect.CAMERAS["goal"], width=224, height=224, shader_pack="minimal", meshes="light",
@@ -203,8 +205,9 @@ def test_objects_that_differ():
     ("NoSuchTask-v1", "there is no task NoSuchTask-v1 in ManiSkill"), ("CartPole-v1", "there is no task CartPole-v1"),
     ("StackPyramid-v1", "with a dense reward"), ("MS-CartpoleBalance-v1", "reports no success"),
     ("TwoRobotPickCube-v1", "takes Dict actions"),
-    ("RotateValveLevel0-v1", "RotateValveLevel0-v1 pd_joint_delta_pos cannot be simulated as many scenes"),
-    ("Pressed-v1", "in --env-id? (gpu_query_contact_body_impulses)"),
+    ("RotateValveLevel0-v1", "RotateValveLevel0-v1 pd_joint_delta_pos with a dense reward cannot be simulated as many scenes"),
+    ("Pressed-v1", "as many scenes: NotImplementedError('gpu_query_contact_body_impulses') (ppo_collect.py, line "),
+    ("Faulty-v1", "must match the size of tensor b (3) at non-singleton dimension 0') (test_env.py, line "),
     ("PickSingleYCB-v1", "files are missing: python -m mani_skill.utils.download_asset PickSingleYCB-v1")])
 def test_tasks_that_are_refused(env_id, says, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -232,6 +235,23 @@ class PressedEnv(PushCubeEnv):
 
     def evaluate(self):
         return dict(success=self.obj.get_net_contact_forces().norm(dim=1) > 1)
+
+
+@register_env("Faulty-v1", max_episode_steps=50)
+class FaultyEnv(PushCubeEnv):
+    """As one's own task is at first."""
+
+    def evaluate(self):
+        return dict(success=self.obj.pose.p[:, 0] > torch.zeros(3))
+
+
+@register_env("Wrist-v1", max_episode_steps=50)
+class WristEnv(PushCubeEnv):
+    """Its camera is in the hand."""
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return CameraConfig("hand", sapien.Pose([0, 0, -0.1], [0.7071, 0, -0.7071, 0]), 224, 224, 1.2, mount=self.agent.tcp)
 
 
 @pytest.mark.parametrize("env_id", ["PegInsertionSide-v1", "Crates-v1"])
@@ -285,6 +305,21 @@ def test_frames_equal_the_stock_cameras(env_id, show_goal_site):
         assert (((g > 100) & (r < 80) & (b < 80)).sum() > 20) == show_goal_site
 
 
+def test_a_camera_in_the_hand():
+    """`--camera task` knows what it is mounted on."""
+    contract = ppo_collect.make_contract(Args(camera="task", meshes="stock"), find("Wrist-v1"), make(1, env_id="Wrist-v1"))
+    ours, pictures = make(2, contract, env_id="Wrist-v1"), []
+    stock = make_stock("Wrist-v1", render_backend="cpu", human_render_camera_configs=dict(shader_pack="minimal"))
+    for env in (ours, stock):
+        env.reset(seed=0)
+    for action in (1.0, -1.0):
+        ours.step(torch.full((2, 8), action))
+        stock.unwrapped.set_state_dict(tree.slice(ours.get_state_dict(), slice(1, 2)))
+        pictures.append(ours.render_frames(torch.tensor([1]))[0].int())
+        assert ((pictures[-1] - stock.unwrapped.render_rgb_array()[0].int()).abs().amax(-1) > 1).sum() <= 3
+    assert (pictures[0] - pictures[1]).abs().float().mean() > 1
+
+
 def test_films_are_of_the_tasks_own_camera():
     """Wherever its robot stands, it is in the picture."""
     envs = make(1, dict(ppo_collect.FILM_CAMERA, meshes="stock"), env_id="PickCubeSO100-v1")
@@ -315,6 +350,22 @@ def test_light_meshes_look_alike():
         assert ((ours - theirs).abs().amax(-1) > 16)[~robot].float().mean() < 0.01
         assert ((ours - theirs).abs().amax(-1) > 16).float().mean() < 0.05
     assert any(not torch.equal(ours, theirs) for ours, theirs in pictures)
+
+
+def test_light_meshes_are_made_once_for_all_scenes():
+    """As on a GPU: the same thing's meshes in two scenes, and a third that has its own."""
+    camera = dict(CAMERA, views=SCENE)
+    *two, own = studios = [make_scenes(TASK, 1, "physx_cpu", dict(camera, meshes=meshes)).unwrapped
+                           for meshes in ("stock", "stock", "light")]
+    ground = SimpleNamespace(_objs=[env.scene.actors["ground"]._objs[0] for env in two])
+    links = [SimpleNamespace(name=a.name, _objs=[*a._objs, *b._objs]) for a, b in zip(*[env.agent.robot.links for env in two])]
+    views = dict(enumerate([view for env in two for view in env.scene.human_render_cameras.values()]))
+    ppo_collect.use_light_meshes(SimpleNamespace(agent=SimpleNamespace(robot=SimpleNamespace(links=links)), scene=SimpleNamespace(
+        actors=dict(ground=ground), human_render_cameras=views)))
+    for env in studios:
+        env.reset(seed=0)
+    frames = [env.render_rgb_array() for env in studios]
+    assert torch.equal(frames[0], frames[2]) and torch.equal(frames[1], frames[2]) and frames[0].float().std() > 10
 
 
 def test_there_is_no_sky_to_be_mirrored(tmp_path):

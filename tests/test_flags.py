@@ -61,11 +61,12 @@ def test_a_number_out_of_range_is_refused_before_anything_is_done(tmp_path, scri
     assert err.splitlines()[-1].startswith(f"{script}: error: {flags[0]} ") and not list(tmp_path.iterdir())
 
 
-def test_a_pattern_that_matches_several_runs(tmp_path, capsys):
-    """The newest that holds a checkpoint is taken, by timestamp and step, and said in one line."""
+@pytest.mark.parametrize("name", ["ppo_dense", "my_ppo2"])
+def test_a_pattern_that_matches_several_runs(tmp_path, capsys, name):
+    """The newest that holds a checkpoint is taken, by timestamp and step, and said in one line; also of somebody's copy."""
     content = torch.load(ROOT / "tests/policy.pt", weights_only=True)
-    for run_dir, steps in (("20260102-030405-000001-ppo_dense", (20, 100)), ("20260102-030406-000001-ppo_dense", (9, 10)),
-                           ("20260102-030407-000001-ppo_dense", ())):
+    for run_dir, steps in ((f"20260102-230405-000001-{name}", (20, 100)), (f"20260103-030406-000001-{name}", (9, 10)),
+                           (f"20260103-030407-000001-{name}", ())):
         for step in steps:
             (tmp_path / run_dir / f"checkpoints/global_step_{step}").mkdir(parents=True)
             torch.save(content | dict(global_step=step), tmp_path / run_dir / f"checkpoints/global_step_{step}/checkpoint.pt")
@@ -73,8 +74,8 @@ def test_a_pattern_that_matches_several_runs(tmp_path, capsys):
     args = ppo_dense.Args(resume_dir=tuple(map(str, sorted(tmp_path.iterdir()))))
     assert ppo_dense.load_checkpoint(args)["global_step"] == 10
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "20260102-030406-000001-ppo_dense/checkpoints/global_step_10/checkpoint.pt" in out
-    args.resume_dir = (str(tmp_path / "20260102-030405-000001-ppo_dense"),)
+    assert out.count("\n") == 1 and f"20260103-030406-000001-{name}/checkpoints/global_step_10/checkpoint.pt" in out
+    args.resume_dir = (str(tmp_path / f"20260102-230405-000001-{name}"),)
     assert ppo_dense.load_checkpoint(args)["global_step"] == 100
 
 

@@ -228,6 +228,17 @@ def test_ambiguous_frames_are_no_mistakes(tmp_path):
     assert metrics["env/success_once"][1] >= metrics["reward_model/precision"][1], "the bar's success is that too"
 
 
+def test_before_and_after_are_of_rollouts_with_ends(tmp_path):
+    """Here episodes end in every second one: in 2 of the first three, in which only the critic learns, and in 4 of all five."""
+    out, _ = run("ppo_resnet_reward", tmp_path, "--oracle", "--resume-dir", dense_checkpoint(tmp_path), "--done-by", "time",
+                 "--num-steps", "25", "--critic-warmup", "3", "--num-iterations", "5")
+    run_dir, = run_dirs(tmp_path)
+    success = scalars(run_dir)["env/success_once"]
+    assert set(success) == {2, 4} and success[2] > 0
+    assert (f"before -> after: env/success_once {success[2]:.3f} -> {success[4]:.3f}, "
+            "env/episode_len 50.000 -> 50.000\n") in out
+
+
 def test_stage_4_continues(tmp_path):
     """From stage 3: the weights, Adam's moments of the actor, and a critic that warms up while the actor stands still. From
     its own: on."""
