@@ -202,7 +202,7 @@ def train(args: Args, task: dict, checkpoint: Optional[dict]):
     if args.evaluate:
         return log_evaluation(agent, eval_envs, run_dir, writer, global_step, env_steps)
 
-    # Scenes: neither another rank nor another seed nor a run that goes on may repeat their episodes
+    # Scenes: no other rank, seed or run that goes on may repeat their episodes
     envs = ManiSkillEnvs(args, task, args.num_envs // WORLD_SIZE)
     seed = int(np.random.SeedSequence([args.seed, global_step, RANK]).generate_state(1)[0])
     torch.manual_seed(seed)
@@ -296,7 +296,7 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
         importlib.import_module(module or "mani_skill.envs")
         spec = REGISTERED_ENVS[env_id]
     except Exception as error:  # whatever is in there
-        fail(f"there is no task {env_id} in {module or 'ManiSkill'}: {error!r}")
+        fail(f"there is no task {env_id} in {module or 'ManiSkill'}; is its module in --env-id? ({error!r})")
     choice = inspect.signature(spec.cls.__init__).parameters.get("robot_uids")  # None: the class has chosen
     robots = spec.cls.SUPPORTED_ROBOTS if choice else []
     if robot_uids and robots is not None and robot_uids not in robots:
@@ -308,15 +308,16 @@ def find_task(env_id: str, robot_uids: str, control_mode: str) -> dict:
 def make_scenes(task: dict, num_envs: int, sim_backend: str, camera=None):
     """ManiSkill's environment: for states, on a CPU too with `num_envs` scenes; or with our `camera`,
     dict(views={name: dict(pose, fov)}, width, height, meshes, show_goal_site). Views stand side by side and
-    move with the actor or link `mount`; a film's are the task's own."""
+    move with `mount`, an attribute or a link; a film's are the task's own."""
     from mani_skill.envs.sapien_env import BaseEnv
     from mani_skill.sensors.camera import CameraConfig
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     def cameras(env):
         edges = np.linspace(0, camera["width"], len(camera["views"]) + 1).astype(int)
+        things = {None: None} | vars(env) | env.agent.robot.links_map
         return [CameraConfig(name, sapien.Pose(view["pose"][:3], view["pose"][3:]), int(width), camera["height"],
-                             view["fov"], mount=(env.scene.actors | env.agent.robot.links_map).get(view.get("mount")))
+                             view["fov"], mount=things[view.get("mount")])
                 for (name, view), width in zip(camera["views"].items(), np.diff(edges))]
 
     many, own = sim_backend == "physx_cpu" and not camera, (camera or {}).get("film", {})
@@ -520,7 +521,7 @@ class ManiSkillEnvs(gym.Wrapper):
     """
 
     def __init__(self, args, task: dict, num_envs: int, camera=None):
-        on_gpu, name = args.sim_backend == "physx_cuda", " ".join(map(str, filter(None, task.values())))
+        on_gpu, name = args.sim_backend == "physx_cuda", task["env_id"]
         try:
             sim_backend = f"physx_{DEVICE}" if on_gpu else "physx_cpu"
             super().__init__(make_scenes(task, num_envs, sim_backend, on_gpu and camera))
@@ -533,21 +534,21 @@ class ManiSkillEnvs(gym.Wrapper):
             for part in getattr(controller, "controllers", {}).values():
                 if hasattr(part, "kinematics") and not on_gpu:
                     part.kinematics._setup_gpu()  # the inverse kinematics of many scenes
-            self.reset(seed=0)  # from here on, what training will do
+            self.reset(seed=0)  # what training will do
             *_, info = self.step(torch.zeros(num_envs, *self.single_action_space.shape))
             self.reset(options=dict(env_idx=torch.arange(1, device=self.device)))
             if "success" not in info or not self.max_episode_steps:
                 fail(f"{name} reports no success or has no time limit")
             things = [*self.scene.actors.values(), *self.scene.articulations.values()]
-            if camera and not on_gpu and any(len(thing._objs) != num_envs for thing in things):
+            if camera and not on_gpu and {len(thing._objs) for thing in things} - {num_envs}:
                 fail(f"a CPU cannot photograph {name}: its objects differ from scene to scene")
             # Takes the pictures: on a CPU one scene, posed like each in turn
             self.studio = camera and (self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped)
-        except Exception as error:  # ManiSkill's, or one's own task's
-            *_, at = traceback.extract_tb(error.__traceback__)
-            fail("no Vulkan device: bash tests/install_cpu_renderer.sh" if "rendering device" in str(error) else
-                 f"{name} with a dense reward cannot be simulated as many scenes: {error!r:.200} "
-                 f"({Path(at.filename).name}, line {at.lineno})")
+        except Exception as error:  # also of one's own task
+            at = [f" ({f.filename}:{f.lineno})" for f in traceback.extract_tb(error.__traceback__)
+                  if f.filename != __file__ and "lib/python" not in f.filename]
+            hint = "; no Vulkan device? bash tests/install_cpu_renderer.sh" * bool(re.search("render|vk::", str(error)))
+            fail(f"{name} cannot be simulated here: {error!r:.300}{''.join(at[-1:])}{hint}")
 
     def __getattr__(self, name):  # num_envs, device, agent, scene, ...
         return getattr(self.unwrapped, name)
@@ -640,9 +641,8 @@ def save_checkpoint(run_dir, agent, optimizer, global_step: int, env_steps: int,
 def load_checkpoint(args, task: Optional[dict] = None) -> dict:
     """The newest in --resume-dir, by timestamp and step; it must be of `task`."""
     try:
-        files = [file for path in map(Path, args.resume_dir) for file in (path, *path.rglob("checkpoint.pt"))]
-        file = max(filter(Path.is_file, files), key=lambda f: [
-            *map(int, re.findall(r"\d{6,}(?=-)|(?<=step_)\d+", str(f))[-4:])])
+        files = [f for path in map(Path, args.resume_dir) for f in (path, *path.rglob("checkpoint.pt")) if f.is_file()]
+        file = max(files, key=lambda f: (f.parts[-4:-3], *map(int, re.findall(r"\d+", f.parent.name))))
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["task"] != (task or checkpoint["task"]):
             raise ValueError(f"{file} is of {checkpoint['task']}, this is {task}")
@@ -669,7 +669,7 @@ def start_ranks(args):
     global RANK, WORLD_SIZE
     num_ranks, pids, code = WORLD_SIZE if TORCHRUN or GPU else args.num_procs, [], 0
     if args.num_eval_envs < num_ranks or args.num_envs // num_ranks * args.num_steps // args.num_minibatches < 2:
-        fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes")
+        fail(f"too few --num-envs, --num-eval-envs or --num-steps for {num_ranks} processes or --num-minibatches")
     if num_ranks > WORLD_SIZE:
         with socket.socket() as s:
             s.bind(("localhost", 0))
@@ -694,7 +694,7 @@ def start_ranks(args):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # else ranks begun anew wait for the dead
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", RANK, WORLD_SIZE))[0])
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
-        if not GPU:  # NCCL's would wait for all, also when one fails
+        if args.sim_backend == "physx_cpu":  # NCCL would wait for all, also when one fails
             atexit.register(dist.destroy_process_group)
 
 

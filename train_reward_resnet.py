@@ -73,7 +73,7 @@ class Args:
 
 class RewardModel(nn.Module):
     """Says of a frame how sure it is that the task is done. Three more outputs, the vector from the cube to
-    the goal, make the first one exact by being learned too (stage 2, --to-goal-weight)."""
+    the goal, sharpen the first (stage 2, --to-goal-weight)."""
 
     def __init__(self, arch: str, input_size: int, weights: Optional[str] = None):
         super().__init__()
@@ -171,7 +171,7 @@ def train(args: Args, data: dict, contract: dict):
     train_cm[train_cm.norm(dim=1) > 8] = torch.nan  # cm: may be out of sight
     repeats = -(-args.epoch_frames // len(train_idx))
     shift = args.random_shift * min(max(9000 / len(train_idx), 1) ** 0.3, 4)
-    shift *= not any("mount" in view for view in contract.get("views", {}).values())  # the goal is in the middle
+    shift *= not any(view.get("mount") == "goal_site" for view in contract.get("views", {}).values())  # in the middle
     say(f"{len(train_idx)} frames to train on, {len(val_idx)} held out, on {DEVICE}")
 
     # Where an interrupted training stopped

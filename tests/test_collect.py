@@ -434,7 +434,7 @@ def file_for_folder(tmp_path):
     (None, ["--num-steps", "0"], "--num-steps 0 is not between 1 and"),
     (None, ["--num-envs", "2", "--num-procs", "1", "--num-steps", "1"], "too few --num-envs, --num-eval-envs or --num-steps"),
     (None, ["--env-id", "NoSuchTask-v1", "--num-procs", "1"], "there is no task NoSuchTask-v1 in ManiSkill"),
-    (None, ["--env-id", "StackPyramid-v1", "--num-procs", "1"], "with a dense reward"),
+    (None, ["--env-id", "StackPyramid-v1", "--num-procs", "1"], "Unsupported reward mode: normalized_dense"),
     (None, ["--control-mode", "by_hand", "--num-procs", "1"], "by_hand not in supported modes"),
     (None, ["--resume-dir", "nowhere"], "--resume-dir nowhere: no checkpoint"),
     (None, ["--resume-dir", str(ROOT / "tests/policy.pt"), "--env-id", "PushCube-v1"], "PickCube-v1"),
@@ -461,7 +461,11 @@ def test_bad_input(tmp_path, prepare, args, says):
 def test_no_vulkan_device(tmp_path):
     nowhere = dict(VK_DRIVER_FILES="/nonexistent.json", VK_ICD_FILENAMES="/nonexistent.json")
     _, err = run_script.run_process("ppo_collect", tmp_path, *SMALL, "--num-envs", "2", code=2, env=nowhere)
-    assert "bash tests/install_cpu_renderer.sh" in err
+    assert "no Vulkan device? bash tests/install_cpu_renderer.sh" in err.splitlines()[-1]
+    code = ("import ppo_collect as p; p.ManiSkillEnvs(p.Args(sim_backend='physx_cuda'), "
+            "p.find_task('PickCube-v1', '', 'pd_joint_delta_pos'), 1, p.FILM_CAMERA)")  # on a GPU the first scenes draw already
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ, **nowhere), capture_output=True, text=True)
+    assert result.returncode == 2 and "no Vulkan device? bash tests/install_cpu_renderer.sh" in result.stderr.splitlines()[-1]
 
 
 def test_full_disk(tmp_path):

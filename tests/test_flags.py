@@ -61,7 +61,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_done(tmp_path, scri
     assert err.splitlines()[-1].startswith(f"{script}: error: {flags[0]} ") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["ppo_dense", "my_ppo2"])
+@pytest.mark.parametrize("name", ["ppo_dense", "my_ppo2", "step_3"])
 def test_a_pattern_that_matches_several_runs(tmp_path, capsys, name):
     """The newest that holds a checkpoint is taken, by timestamp and step, and said in one line; also of somebody's copy."""
     content = torch.load(ROOT / "tests/policy.pt", weights_only=True)
