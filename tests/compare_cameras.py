@@ -85,11 +85,11 @@ def main(path):
             sheet.paste("#2a2" if c < EXAMPLES else "#c33", (c * SIDE, top + 24, (c + 1) * SIDE, top + 24 + SIDE))
             sheet.paste(Image.fromarray(picture).resize((SIDE - 4, SIDE - 4)), (c * SIDE + 2, top + 26))
     sheet.save(path, quality=88)
+    print(f"|median of {sum(labels)} successes and {len(labels) - sum(labels)} near misses|pixels of the cube|of the goal|changed by "
+          "1 cm|successes that hide the goal|\n|---|---|---|---|---|")
     for name, counts in zip(CAMERAS, pixels):
         hidden = np.mean(np.array(counts)[labels, 1] < 10)
-        print(f"{name:68}", "cube {:4.0f}, goal {:4.0f}, changed {:4.0f} pixels;".format(*np.median(counts, axis=0)),
-              f"goal hidden in {hidden:.1%} of the successes")
-    print(f"{sum(labels)} successes and {len(labels) - sum(labels)} near misses")
+        print("|".join(["", name, *[f"{count:.0f}" for count in np.median(counts, axis=0)], f"{hidden:.1%}", ""]))
 
 
 if __name__ == "__main__":
