@@ -134,7 +134,7 @@ def all_cores(num_envs, rounds):
             obs = envs.step(act(policy, torch.from_numpy(obs)).numpy())[0]
         theirs.append(4 * cores * 100 / (time.perf_counter() - start))
         envs.close()
-    print(f"{cores} cores, PickCube, trained policy included: {np.median(ours):.0f} steps/s with a process a core, {num_envs} "
+    print(f"\n{cores} cores, PickCube, trained policy included: {np.median(ours):.0f} steps/s with a process a core, {num_envs} "
           f"scenes each; AsyncVectorEnv of {4 * cores} stock scenes {np.median(theirs):.0f} steps/s; ratio "
           f"{np.median(np.divide(ours, theirs)):.1f}")
 
@@ -154,7 +154,7 @@ def rendering(frames=30):
             start = time.perf_counter()
             env.render_frames(torch.tensor([0]))
             times[key].append(1000 * (time.perf_counter() - start))
-    print(f"milliseconds a frame (median of {frames - 5})\n\n| | light meshes | stock meshes | ratio |\n|---|---|---|---|")
+    print(f"\nmilliseconds a frame (median of {frames - 5})\n\n| | light meshes | stock meshes | ratio |\n|---|---|---|---|")
     for name in cameras:
         light, stock = (np.array(times[name, meshes][5:]) for meshes in ("light", "stock"))
         print(f"| {name} | {np.median(light):.1f} | {np.median(stock):.1f} | {np.median(stock / light):.1f} |")

@@ -90,6 +90,7 @@ def main(path):
     for name, counts in zip(CAMERAS, pixels):
         hidden = np.mean(np.array(counts)[labels, 1] < 10)
         print("|".join(["", name, *[f"{count:.0f}" for count in np.median(counts, axis=0)], f"{hidden:.1%}", ""]))
+    print(f"\n![The same states, seen by six cameras: successes on green, near misses on red]({path.name})")
 
 
 if __name__ == "__main__":
