@@ -529,7 +529,7 @@ class ManiSkillEnvs(gym.Wrapper):
             if not isinstance(self.single_action_space, gym.spaces.Box):
                 fail(f"{name} takes {type(self.single_action_space).__name__} actions")
             self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-            controller = self.agent.controller  # ManiSkill 3.0.1 resets the targets of all scenes
+            controller = self.agent.controller  # ManiSkill resets all scenes' targets, whichever begin
             controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
             for part in getattr(controller, "controllers", {}).values():
                 if hasattr(part, "kinematics") and not on_gpu:
@@ -542,9 +542,9 @@ class ManiSkillEnvs(gym.Wrapper):
             things = [*self.scene.actors.values(), *self.scene.articulations.values()]
             if camera and not on_gpu and {len(thing._objs) for thing in things} - {num_envs}:
                 fail(f"a CPU cannot photograph {name}: its objects differ from scene to scene")
-            # Takes the pictures: on a CPU one scene, posed like each in turn
+            # Takes pictures: on a CPU one scene, posed like each in turn
             self.studio = camera and (self if on_gpu else make_scenes(task, 1, "physx_cpu", camera).unwrapped)
-        except Exception as error:  # also of one's own task
+        except Exception as error:  # also a task's own
             at = [f" ({f.filename}:{f.lineno})" for f in traceback.extract_tb(error.__traceback__)
                   if f.filename != __file__ and "lib/python" not in f.filename]
             hint = "; no Vulkan device? bash tests/install_cpu_renderer.sh" * bool(re.search("render|vk::", str(error)))

@@ -4,7 +4,7 @@
     python tests/gpu_check.py --sim-backend physx_cpu     # physics on the CPU, where PhysX's GPU library cannot be had
 
 Prints a table, whose figures go with the card's name; exit code 1 if a row says FAILED. --out keeps the logs of all commands
-and frames.png: what this GPU draws, with physics on the GPU below each row one scene at a time, with physics on the CPU.
+and frames.png: what this GPU draws; where physics is there too, below each row the same, drawn one scene at a time.
 """
 import argparse
 import json
