@@ -673,7 +673,7 @@ class ManiSkillEnvs(gym.Wrapper):
             if not isinstance(self.single_action_space, gym.spaces.Box):
                 fail(f"{name} takes {type(self.single_action_space).__name__} actions")
             self.resetting = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-            controller = self.agent.controller  # ManiSkill resets all scenes' targets, whichever begin
+            controller = self.agent.controller  # ManiSkill resets all targets, whichever begin
             controller.reset = patch.object(self.scene, "_reset_mask", self.resetting)(controller.reset)
             for part in getattr(controller, "controllers", {}).values():
                 if hasattr(part, "kinematics") and not on_gpu:
