@@ -41,7 +41,7 @@ table learning bench plot_runs learning --tags env/success_once env/episode_len 
     "stage 3, seed 2=$(last pipeline/seed_2/logs/*-ppo_dense)" "stage 3, seed 3=$(last pipeline/seed_3/logs/*-ppo_dense)" \
     "stage 4, seed 1=$(last pipeline/seed_1/logs/*-ppo_resnet_reward)"
 table seeds bench bench_seeds --env-steps 640000 --curves "$results/seeds.csv"
-table pictures bench bench_pictures
+table pictures bench bench_pictures --settings PushCube --counts 40 100 300  # what README says; without flags many hours
 table cameras bench compare_cameras "$results/cameras.jpg"
 for task in PushCube PullCube; do
     table "task_$task" bench bench_pipeline --out "$task" --seeds 1 \
