@@ -393,7 +393,7 @@ def test_the_readme_s_own_task(tmp_path, monkeypatch):
                  ppo_dense=["--num-iterations", "1"], ppo_resnet_reward=["--num-iterations", "1"])
     for line in commands.splitlines():
         _, script, *flags = shlex.split(line.replace("logs/*-ppo_dense", str(next(tmp_path.glob("logs/*-ppo_dense"), ""))))
-        script = script.removesuffix(".py")
+        script = script.removeprefix("../").removesuffix(".py")
         run_script.run(script, tmp_path, *([] if script == "train_reward_resnet" else SMALL), *flags, *small[script])
     contract = json.loads((tmp_path / "data/metadata.json").read_text())
     assert contract["env_id"] == "TouchCube-v1" and contract["robot_uids"] == "panda"
