@@ -73,6 +73,6 @@ table hacked bench plot_runs hacked --tags reward_model/precision env/success_on
 
 once overview bench draw_overview pipeline/seed_1 "$root/.github/overview.gif"
 
-for file in seeds/seeds.png pictures/pictures.png pictures/pictures.csv pipeline/results.json; do
+for file in seeds/seeds.png pictures/pictures.csv pipeline/results.json; do
     if [[ -e $file ]]; then cp "$file" "$results"; fi
 done
