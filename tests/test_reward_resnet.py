@@ -303,11 +303,11 @@ def own_pictures(data, folder):
 def test_own_pictures(data, tmp_path):
     """Two folders of anybody's pictures, one command: a classifier; stage 4 refuses it with the reason."""
     pictures = own_pictures(data, tmp_path / "pictures")
-    run(tmp_path, "--data-path", "pictures", "--epochs", "16", "--seed", "2")
+    run(tmp_path, "--data-path", "pictures", "--epochs", "24", "--seed", "2")
     report = json.loads((tmp_path / "reward_checkpoints/report.json").read_text())
     assert report["accuracy"] > 0.95, report
     assert not (pictures / "metadata.json").exists()
-    out, _ = run(tmp_path, "--data-path", "pictures", "--epochs", "17", "--seed", "2", "--resume")
+    out, _ = run(tmp_path, "--data-path", "pictures", "--epochs", "25", "--seed", "2", "--resume")
     assert "is ready: " in out
 
     # Turned pictures are seen as people see them
