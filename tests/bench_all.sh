@@ -5,11 +5,12 @@
 #     bash tests/bench_all.sh pipeline     # only what is named so
 #
 # What the runs leave lies in evidence/<commit>; stopped and called again, this goes on with the command that was stopped. The
-# tables and pictures go to .github/results, a table with its command, the machine and the commit.
+# tables, curves and pictures go to .github/results; what is written there by hand, around a table, stays.
 set -euo pipefail
 only=${1:-}
 root=$(cd "$(dirname "$0")/.." && pwd)
-commit=$(git -C "$root" log -1 --format=%h -- '*.py' ':!tests/test_*.py' requirements.txt)  # results and tests change nothing that runs
+bench_pipeline() { PYTHONPATH=$root:$root/tests python -c "import bench_pipeline; print(bench_pipeline.$1())"; }
+commit=$(bench_pipeline commit)
 results=$root/.github/results
 mkdir -p "$results" "$root/evidence/$commit" && cd "$root/evidence/$commit"
 
@@ -21,12 +22,12 @@ once() {  # NAME COMMAND...: not again once it has ended well
     touch "$1.done"
 }
 
-table() {  # NAME bench BENCH FLAGS...: its output is a table
+table() {  # NAME COMMAND...: what it prints, with command, machine and commit, goes between the marks of NAME.md
     once "$@"
     if [[ $1 != "$only"* ]]; then return; fi
-    local machine
-    machine=$(PYTHONPATH=$root:$root/tests python -c "import bench_pipeline; print(bench_pipeline.machine())")
-    printf '`python tests/%s.py %s`, on %s:\n\n%s\n' "$3" "${*:4}" "$machine" "$(< "$1.out")" | sed "s#$root/##g" > "$results/$1.md"
+    printf '`bash tests/bench_all.sh %s`, on %s:\n\n%s\n\n' "$1" "$(bench_pipeline machine)" "$(< "$1.out")" > "$1.block"
+    [[ -e $results/$1.md ]] || printf '<!-- bench -->\n<!-- end -->\n' > "$results/$1.md"
+    sed -i -e '/^<!-- bench -->$/,/^<!-- end -->$/{//!d}' -e "/^<!-- bench -->\$/r $1.block" "$results/$1.md"
 }
 
 last() { ls -d "$@" 2> /dev/null | tail -n 1; }
@@ -35,24 +36,43 @@ bench() { python "$root/tests/$1.py" "${@:2}"; }
 stage_4() { run ppo_resnet_reward --resume-dir pipeline/seed_1/logs/*-ppo_dense --reward-checkpoint pipeline/seed_1/reward_checkpoints "$@"; }
 
 table environment bench bench_env
+table cameras bench compare_cameras "$results/cameras.jpg"
 table pipeline bench bench_pipeline --seeds 1 2 3
-table learning bench plot_runs learning --tags env/success_once env/episode_len -- \
+once overview bench draw_overview pipeline/seed_1 "$root/.github/overview.gif"
+once learning bench plot_runs learning --tags env/success_once env/episode_len -- \
     "stage 1, seed 1=$(last pipeline/seed_1/logs/*-ppo_collect)" "stage 3, seed 1=$(last pipeline/seed_1/logs/*-ppo_dense)" \
     "stage 3, seed 2=$(last pipeline/seed_2/logs/*-ppo_dense)" "stage 3, seed 3=$(last pipeline/seed_3/logs/*-ppo_dense)" \
     "stage 4, seed 1=$(last pipeline/seed_1/logs/*-ppo_resnet_reward)"
 table seeds bench bench_seeds --env-steps 640000 --curves "$results/seeds.csv"
 table pictures bench bench_pictures --settings PushCube --counts 40 100 300  # what README says; without flags many hours
-table cameras bench compare_cameras "$results/cameras.jpg"
+
+# Other tasks
 for task in PushCube PullCube; do
     table "task_$task" bench bench_pipeline --out "$task" --seeds 1 \
         --flags 1 "--env-id $task-v1 --target-success 1500 --target-failure 1500" --flags 3 "--env-id $task-v1"
 done
+once StackCube run ppo_dense --env-id StackCube-v1 --num-iterations 640 --log-dir StackCube
+table task_StackCube bench plot_runs task_StackCube --tags eval/success_once env/success_once env/return -- \
+    "stage 3=$(last StackCube/*)"
+
+# An arm that people own: the module and the commands of so100.md
+servo=(--env-id so100:PickCubeServo-v1 --control-mode pd_joint_target_delta_pos)
+so100() { sed -n '/^```python/,/^```$/{//!p}' "$results/so100.md" > so100/so100.py && (cd so100 && run "$@"); }
+once so100/stage_1 so100 ppo_collect "${servo[@]}" --target-success 1500 --target-failure 1500
+once so100/stage_2 so100 train_reward_resnet
+once so100/stage_3 so100 ppo_dense "${servo[@]}"
+once so100/stage_4 so100 ppo_resnet_reward "${servo[@]:0:2}" --resume-dir "$(last "$PWD"/so100/logs/*-ppo_dense)"
+once so100/fresh so100 ppo_collect "${servo[@]}" --seed 2 --target-success 1500 --target-failure 1500 --save-dir fresh --log-dir fresh
+once so100/scored so100 train_reward_resnet --evaluate reward_checkpoints --data-path fresh --save-dir fresh
+table so100 bench plot_runs so100 --film --tags env/success_once env/episode_len reward_model/precision eval/success_once \
+    eval/episode_len -- "stage 1=$(last so100/logs/*-ppo_collect)" "stage 3=$(last so100/logs/*-ppo_dense)" \
+    "stage 4=$(last so100/logs/*-ppo_resnet_reward)"
 
 # Nothing privileged: from the pipeline's first policy
 once privileged/resnet stage_4 --done-by resnet --log-dir privileged/resnet
 once privileged/oracle stage_4 --oracle --log-dir privileged/oracle
-table privileged bench plot_runs privileged --tags env/success_once env/episode_len reward_model/precision -- \
-    "simulator ends=$(last pipeline/seed_1/logs/*-ppo_resnet_reward)" "ResNet ends=$(last privileged/resnet/*)" \
+table privileged bench plot_runs privileged --tags env/success_once env/episode_len reward_model/precision eval/success_once \
+    eval/episode_len -- "simulator ends=$(last pipeline/seed_1/logs/*-ppo_resnet_reward)" "ResNet ends=$(last privileged/resnet/*)" \
     "oracle=$(last privileged/oracle/*)"
 
 # A hacked reward: a ResNet bad on purpose, and what its mistakes teach it
@@ -71,8 +91,9 @@ table hacked bench plot_runs hacked --tags reward_model/precision env/success_on
     "150 pictures a class=$(last hacked/bad/logs/*-ppo_resnet_reward)" \
     "and its mistakes=$(last hacked/mended/logs/*-ppo_resnet_reward)" "a second time=$(last hacked/again/logs/*-ppo_resnet_reward)"
 
-once overview bench draw_overview pipeline/seed_1 "$root/.github/overview.gif"
-
-for file in seeds/seeds.png pictures/pictures.csv pipeline/results.json; do
-    if [[ -e $file ]]; then cp "$file" "$results"; fi
-done
+copy() { if [[ -e $1 ]]; then cp "$1" "$results/$2"; fi; }
+copy seeds/seeds.png seeds.png
+copy pictures/pictures.csv pictures.csv
+copy pipeline/results.json pipeline.json
+copy PushCube/results.json task_PushCube.json
+copy PullCube/results.json task_PullCube.json

@@ -143,6 +143,12 @@ class Pipeline:
         return rows
 
 
+def commit() -> str:
+    """The last one that changed what runs; results, tests and benches do not."""
+    command = ["git", "log", "-1", "--format=%h", "--", ":(glob)*.py", "requirements.txt"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def machine() -> str:
     cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor()) if sys.platform == "linux" else platform.processor()
@@ -150,8 +156,8 @@ def machine() -> str:
     known = [name for name, flag in (("AVX2", "avx2"), ("AVX-512", "avx512f"), ("bfloat16", "avx512_bf16")) if flag in flags]
     from ppo_dense import usable_cores
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "mani_skill", "sapien"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return f"{usable_cores()} cores of {cpu} ({', '.join(known)}); {versions}; commit {commit or 'unknown'}"
+    cores = usable_cores()
+    return f"{cores} core{'s' * (cores > 1)} of {cpu} ({', '.join(known)}); {versions}; scripts of `{commit()}`"
 
 
 def table(results: dict) -> str:

@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import bench_pipeline  # noqa: E402
 import ppo_collect  # noqa: E402
 import ppo_dense  # noqa: E402
 
@@ -81,14 +82,12 @@ class Run:
 
 def keep(path: Path, curves: dict) -> dict:
     """Write the curves to the file, with those of other seeds that are in it; returns all of them."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     columns, rows = ["seed", "env_steps", "success_once", "episode_len", "commit"], []
     if path.exists():
         with open(path) as file:
             rows = [row for row in csv.DictReader(file) if int(row["seed"]) not in curves]
     for seed, curve in curves.items():
-        rows += [dict(zip(columns, (seed, steps, *curve[steps], commit))) for steps in sorted(curve)]
+        rows += [dict(zip(columns, (seed, steps, *curve[steps], bench_pipeline.commit()))) for steps in sorted(curve)]
     rows.sort(key=lambda row: (int(row["seed"]), int(row["env_steps"])))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -165,4 +164,4 @@ if __name__ == "__main__":
     print(table(curves))
     picture = args.out / "seeds.png"
     draw(curves, f"{len(curves)} seeds", picture)
-    print(f"\n{picture} shows all curves")
+    print(f"\n![Success and episode length of the seeds over env steps]({picture.name})")

@@ -75,7 +75,7 @@ if __name__ == "__main__":
         writer.writerow(("run", "tag", "env_steps", "value"))
         writer.writerows((name, tag, steps, round(value, 4)) for name, curves in runs.items()
                          for tag, curve in curves.items() for steps, value in curve)
-    print("||" + "|".join(f"`{tag}`" for tag in args.tags) + "|")
+    print("|start, end|" + "|".join(f"`{tag}`" for tag in args.tags) + "|")
     print("|---" * (len(args.tags) + 1) + "|")
     for name, curves in runs.items():
         cells = []
@@ -86,3 +86,5 @@ if __name__ == "__main__":
     films = [film for folder in folders[list(folders)[-1]] for film in sorted(
         Path(folder).glob("videos/*.mp4"), key=lambda path: int(path.stem.rpartition("_")[2]))]
     plot(RESULTS / f"{args.name}.png", runs, args.tags, args.smooth, films[-1] if args.film else None)
+    shown = ", ".join(tag.partition("/")[2].replace("_", " ") for tag in args.tags[:3])
+    print(f"\n![{shown} over env steps{', and moments of an episode' if args.film else ''}]({args.name}.png)")
