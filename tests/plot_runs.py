@@ -79,12 +79,12 @@ if __name__ == "__main__":
     print("|---" * (len(args.tags) + 1) + "|")
     for name, curves in runs.items():
         cells = []
-        for values in ([value for _, value in curves[tag]] or [np.nan] for tag in args.tags):
+        for values in ([value for _, value in curves[tag]] for tag in args.tags):
             first, end = (10, 20) if len(values) > 30 else (1, 1)
-            cells.append(f"{np.mean(values[:first]):.3f}, {np.mean(values[-end:]):.3f}")
+            cells.append(f"{np.mean(values[:first]):.3f}, {np.mean(values[-end:]):.3f}" if values else "")
         print(f"|{name}|" + "|".join(cells) + "|")
     films = [film for folder in folders[list(folders)[-1]] for film in sorted(
         Path(folder).glob("videos/*.mp4"), key=lambda path: int(path.stem.rpartition("_")[2]))]
     plot(RESULTS / f"{args.name}.png", runs, args.tags, args.smooth, films[-1] if args.film else None)
-    shown = ", ".join(tag.partition("/")[2].replace("_", " ") for tag in args.tags[:3])
-    print(f"\n![{shown} over env steps{', and moments of an episode' if args.film else ''}]({args.name}.png)")
+    moments = ", and five moments of an episode" * args.film
+    print(f"\n![{', '.join(args.tags[:3])} over env steps{moments}]({args.name}.png)")
