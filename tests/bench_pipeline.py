@@ -144,9 +144,9 @@ class Pipeline:
 
 
 def commit() -> str:
-    """The last one that changed what runs; results, tests and benches do not."""
-    command = ["git", "log", "-1", "--format=%h", "--", ":(glob)*.py", "requirements.txt"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The last one that changed the scripts: results, tests and benches do not."""
+    command = ["git", "log", "-1", "--abbrev=7", "--format=%h", "--", ":(glob)*.py", "requirements.txt"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> str:

@@ -82,12 +82,12 @@ class Run:
 
 def keep(path: Path, curves: dict) -> dict:
     """Write the curves to the file, with those of other seeds that are in it; returns all of them."""
-    columns, rows = ["seed", "env_steps", "success_once", "episode_len", "commit"], []
+    columns, rows, commit = ["seed", "env_steps", "success_once", "episode_len", "commit"], [], bench_pipeline.commit()
     if path.exists():
         with open(path) as file:
             rows = [row for row in csv.DictReader(file) if int(row["seed"]) not in curves]
     for seed, curve in curves.items():
-        rows += [dict(zip(columns, (seed, steps, *curve[steps], bench_pipeline.commit()))) for steps in sorted(curve)]
+        rows += [dict(zip(columns, (seed, steps, *curve[steps], commit))) for steps in sorted(curve)]
     rows.sort(key=lambda row: (int(row["seed"]), int(row["env_steps"])))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:

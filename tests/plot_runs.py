@@ -27,7 +27,7 @@ def read_run(folders: list, tag: str) -> list:
     for folder in folders:
         events = EventAccumulator(folder, size_guidance=dict(scalars=0))
         events.Reload()
-        env_steps = {event.step: event.value for event in events.Scalars("charts/env_steps")}
+        env_steps = {0: 0} | {event.step: event.value for event in events.Scalars("charts/env_steps")}
         if tag in events.Tags()["scalars"]:
             found |= {int(env_steps[event.step]): event.value for event in events.Scalars(tag) if event.step in env_steps}
     return sorted(found.items())
