@@ -134,8 +134,8 @@ def all_cores(num_envs, rounds):
             obs = envs.step(act(policy, torch.from_numpy(obs)).numpy())[0]
         theirs.append(4 * cores * 100 / (time.perf_counter() - start))
         envs.close()
-    print(f"\nOn all cores ({cores}), PickCube, trained policy included: {np.median(ours):.0f} steps/s with a process a core, {num_envs} "
-          f"scenes each; AsyncVectorEnv of {4 * cores} stock scenes {np.median(theirs):.0f} steps/s; ratio "
+    print(f"\nOn all cores ({cores}), PickCube, trained policy included: {np.median(ours):.0f} steps/s with a process a core, "
+          f"{num_envs} scenes each; AsyncVectorEnv of {4 * cores} stock scenes {np.median(theirs):.0f} steps/s; ratio "
           f"{np.median(np.divide(ours, theirs)):.1f}")
 
 
