@@ -18,8 +18,8 @@ def figures(text: str) -> set:
 
 
 def test_figures_are_results():
-    """Of the section Results and the first table's minutes: each stands in pipeline.md or in a file that its paragraph names."""
-    section = re.search(r"^## Results\n(.*?)^## ", README, re.M | re.S)[1]
+    """Of Quickstart, Results and the first table's minutes: each stands in pipeline.md or in a file that its paragraph names."""
+    section = "\n\n".join(re.findall(r"^## (?:Quickstart|Results)\n(.*?)(?=^## )", README, re.M | re.S))
     assert len(figures(section)) >= 20
     for paragraph in [*re.split(r"\n\n|^- ", section, flags=re.M), *re.findall(r"^\| \d .*\|(.*) min \|", README, re.M)]:
         sources = {"pipeline.md", *re.findall(r"\.github/results/(\w+\.md)", paragraph)}
