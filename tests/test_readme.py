@@ -14,7 +14,7 @@ def numbers(text: str) -> set:
 def figures(text: str) -> set:
     """The numbers with a decimal point or a thousands' comma, but for versions."""
     text = re.sub(r"(?:torch|ManiSkill|SAPIEN)\s[\d.]+\d", "", text)
-    return set(re.findall(r"(?<![\w.])\d+(?:,\d{3})*\.\d+(?![\w.])|(?<![\w.])\d+(?:,\d{3})+(?![\w.])", text))
+    return set(re.findall(r"(?<![\w.])\d+(?:,\d{3})*\.\d+(?!\w|\.\d)|(?<![\w.])\d+(?:,\d{3})+(?!\w|\.\d)", text))
 
 
 def test_figures_are_results():
